@@ -1,0 +1,85 @@
+"""MoEFeedForward: the Mixture-of-Experts layer, read in one sitting.
+
+    hidden (B, T, D) ──┬─> MoEGate ──> k experts and weights per token, balance loss
+                       ├─> routed experts (only the chosen k run) ──┐
+                       └─> shared experts (always run) ─────────────┴─> sum (B, T, D)
+
+In training the differentiable path runs; in evaluation, without gradients, `moe_infer` does: tokens sorted by expert,
+one grouped product per projection, no autograd state. Both compute the same function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.experts import FEW_ASSIGNMENTS, Experts, sort_by_expert, weighted_sum
+from model.feed_forward import FeedForward
+from model.gate import MoEGate, Routing
+
+
+class MoEFeedForward(nn.Module):
+    """(B, T, D), token_mask (B, T) bool or None -> (B, T, D), aux_loss (). True in the mask: a real token, not padding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, F = config.hidden_size, config.moe_intermediate_size
+        std, out_std = config.initializer_range, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+        self.gate = MoEGate(config)
+        self.experts = Experts(
+            config.n_routed_experts, D, F, config.hidden_act, config.gated_ffn, config.expert_backend, std, out_std
+        )
+        self.shared_experts = (
+            FeedForward(D, config.n_shared_experts * F, config.hidden_act, config.gated_ffn, std, out_std)
+            if config.n_shared_experts > 0
+            else None
+        )
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, routing = self.compute(hidden_states)
+        return y, self.gate.auxiliary_loss(routing, token_mask)
+
+    def compute(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
+        """Output and routing, without side effects: this part may be recomputed in the backward pass."""
+        B, T, D = hidden_states.shape
+        routed_input = self._jitter(hidden_states)
+        routing = self.gate.route(routed_input)
+        flat = routed_input.reshape(B * T, D)
+        topk_idx, topk_weight = routing.topk_idx.flatten(0, 1), routing.topk_weight.flatten(0, 1)  # (N, k)
+        if self.training or torch.is_grad_enabled():
+            y = self.experts(flat, topk_idx, topk_weight)
+        else:
+            y = self.moe_infer(flat, topk_idx.flatten(), topk_weight.reshape(-1, 1))
+        y = y.view(B, T, D).to(hidden_states.dtype)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(hidden_states)
+        return y, routing
+
+    @torch.no_grad()
+    def moe_infer(self, x: Tensor, flat_expert_indices: Tensor, flat_expert_weights: Tensor) -> Tensor:
+        """The routed experts' weighted sum for inference: (N, D), (N*k,) int64, (N*k, 1) -> (N, D).
+
+        Assignments are flat, token by token: entry a belongs to token a // k.
+        """
+        N = x.shape[0]
+        if N == 0:
+            return torch.zeros_like(x)
+        k = flat_expert_indices.numel() // N
+        topk_weight = flat_expert_weights.view(N, k)
+        if N * k <= FEW_ASSIGNMENTS:
+            return self.experts.run_few(x, flat_expert_indices.view(N, k), topk_weight).to(x.dtype)
+        x_compute, into, down = self.experts.in_compute_dtype(x)
+        # Sort the assignments by expert; order // k is then the token each sorted row comes from.
+        order, inverse, ends = sort_by_expert(flat_expert_indices, self.config.n_routed_experts)
+        rows = x_compute.index_select(0, order // k)  # (N*k, D): expert 0's tokens, expert 1's, ...
+        y = self.experts.run_segments(rows, ends, into, down)  # (N*k, D)
+        return weighted_sum(y.index_select(0, inverse), topk_weight).to(x.dtype)  # back to token order, then summed
+
+    def _jitter(self, hidden_states: Tensor) -> Tensor:
+        """Multiplicative noise U(1-j, 1+j) on what router and routed experts see, in training (Switch, section 2.2)."""
+        j = self.config.router_jitter_noise
+        if not self.training or j == 0:
+            return hidden_states
+        return hidden_states * torch.empty_like(hidden_states).uniform_(1 - j, 1 + j)

@@ -1,0 +1,180 @@
+"""Every YAML under configs/: it loads, its keys carry comments, and scaled down it trains."""
+
+import dataclasses
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from data.config import SOURCE_KINDS, SourceConfig
+from model import MoEForCausalLM
+from train.config import RunConfig, from_dict, load_config, to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+FAMILIES = sorted({path.parent for path in CONFIGS if path.name == "sft.yaml"})
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs"))
+
+
+def test_there_are_configs():
+    assert {"tinystories", "fineweb_edu", "minimind"} <= {family.name for family in FAMILIES}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_config_loads_and_its_sources_are_valid(path):
+    config = load_config(path)
+    assert config.data.sources, "a config without sources trains on nothing"
+    for source in config.data.sources:
+        assert source.kind in SOURCE_KINDS
+    if path.name == "sft.yaml":
+        assert config.data.format == "chat"
+        assert config.train.init_from, "fine-tuning starts from a run"
+        pretrain = load_config(path.with_name("pretrain.yaml"))
+        assert Path(config.train.init_from) == pretrain.run_dir
+        assert config.tokenizer.path == pretrain.tokenizer.path
+        assert shape(config) == shape(pretrain), "fine-tuning cannot change the model's shape"
+
+
+def shape(config: RunConfig) -> dict:
+    """The fields of the model that decide which parameters it has."""
+    loss_fields = ("aux_loss", "router_z", "router_jitter", "dropout", "expert_backend", "max_position")
+    return {key: value for key, value in dataclasses.asdict(config.model).items() if not key.startswith(loss_fields)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_batch_divides_over_one_two_and_four_processes(path):
+    config = load_config(path)
+    rows, remainder = divmod(config.train.tokens_per_step, config.context_length)
+    assert remainder == 0
+    processes = (1, 2, 4) if path.parent.name != "quickstart" else (1,)
+    for count in processes:
+        micro_batch = config.train.micro_batch_size * count
+        assert rows % micro_batch == 0, (
+            f"{rows} rows a step, {config.train.micro_batch_size} a micro-batch, {count} processes"
+        )
+
+
+def uncommented_keys(path: Path) -> set[str]:
+    """Keys without a comment, on their line or on the one above, where they first stand in a file or its parents.
+
+    Sections are left out: their name explains them.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: dict[str, bool] = {}
+    for above, line in zip(["", *lines], lines, strict=False):
+        if key := re.match(r"\s*(?:- )?([a-z_0-9]+):\s*[^#\s]", line):
+            found[key[1]] = found.get(key[1], False) or " #" in line or above.strip().startswith("#")
+    uncommented = {key for key, commented in found.items() if not commented} - {"base"}
+    base = re.search(r"^base: *([^ #]+)", "\n".join(lines), re.MULTILINE)
+    parent_keys = (
+        re.findall(r"^\s*(?:- )?([a-z_0-9]+): *[^#\s].* #", (path.parent / base[1]).read_text(), re.MULTILINE)
+        if base
+        else []
+    )
+    return uncommented - set(parent_keys)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_every_key_carries_a_comment(path):
+    assert not uncommented_keys(path), f"{path}: keys that no comment explains"
+
+
+def scaled_down(config: RunConfig, folder: Path, **train) -> RunConfig:
+    """The same run with few small layers, on a few local documents or conversations, for two steps."""
+    tree = to_dict(config)
+    model = config.model
+    groups = model.num_attention_heads // model.num_key_value_heads
+    tree["model"] |= {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": None,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": max(1, 4 // groups),
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "first_k_dense_replace": min(model.first_k_dense_replace, 1),
+        "mlp_only_layers": [layer for layer in model.mlp_only_layers if layer < 2],
+    }
+    tree["runs_dir"] = str(folder / "runs")
+    tree["tokenizer"] = {"path": str(folder / "tokenizer")}
+    tree["data"] |= {"cache_dir": str(folder / "data"), "context_length": 32, "held_out_fraction": 0.1}
+    local = SourceConfig(name="local", kind="jsonl", path=str(folder / f"{config.data.format}.jsonl"))
+    tree["data"]["sources"] = [dataclasses.asdict(local)]
+    tree["train"] |= {
+        "steps": 2,
+        "epochs": None,
+        "tokens_per_step": 256,
+        "micro_batch_size": 4,
+        "warmup_steps": 1,
+        "device": "cpu",
+        "precision": "float32",
+        "compile": "off",
+        "threads": 1,
+        "checkpoint_every": 1,
+        "log_every": 1,
+        **train,
+    }
+    tree["eval"] |= {"every": 1, "batch_size": 4, "sample_tokens": 4, "best_source": None}
+    tree["wandb"]["mode"] = "disabled"
+    return from_dict(tree, where=config.name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Local documents and conversations, and a tokenizer made of them."""
+    from data.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("configs")
+    words = "the light of day and night was good for every man who went to the water".split()
+    texts = [" ".join(words[(i * step) % len(words)] for step in range(1, 40)) + f" {i}." for i in range(80)]
+    turns = [
+        [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(80)
+    ]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    (folder / "chat.jsonl").write_text(
+        "".join(json.dumps({"messages": turn}) + "\n" for turn in turns), encoding="utf-8"
+    )
+    Tokenizer.train(texts, 300, show_progress=False).save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def signal_handlers():
+    """Training takes SIGINT and SIGTERM for itself; pytest gets them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signal_handlers")
+@pytest.mark.parametrize("family", FAMILIES, ids=name_of)
+def test_family_pretrains_and_fine_tunes_scaled_down(family, folder):
+    from train.loop import train
+
+    pretrain = scaled_down(load_config(family / "pretrain.yaml"), folder)
+    sft = scaled_down(load_config(family / "sft.yaml"), folder, init_from=str(pretrain.run_dir))
+    for config in (pretrain, sft):
+        assert train(config) == 0
+        rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if row["kind"] == "train"]
+        assert len(losses) == 2, f"two steps were asked for, the rows are {rows}"
+        assert all(0 < loss < 7 for loss in losses), f"losses {losses} beside ln(300) = 5.7 of a guess"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_model_of_every_config_builds_at_full_size(path):
+    """On the meta device: shapes and initialisation code, no memory."""
+    import torch
+
+    config = load_config(path)
+    with torch.device("meta"):
+        model = MoEForCausalLM(config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1e9

@@ -1,0 +1,34 @@
+"""The border between a person and the code: a user's mistake ends in one sentence, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+USER_ERROR = 2  # exit code of a mistake the user can mend (argparse's own)
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """An ArgumentParser whose --help ends with an example."""
+    return argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a command and exits: 0 on success, USER_ERROR with one line on a ValueError or OSError.
+
+    MINIMOE_TRACEBACK=1 in the environment shows the traceback instead.
+    """
+    if os.environ.get("MINIMOE_TRACEBACK"):
+        sys.exit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    sys.exit(code)

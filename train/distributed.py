@@ -1,0 +1,71 @@
+"""One process or many: what torchrun's environment says, and the two collectives the loop needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. `size` 1 without torchrun: then every collective is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+    threads: int  # CPU threads of this process
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in a new tensor."""
+        total = tensor.clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(config: TrainConfig) -> World:
+    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU) and sets device and threads."""
+    size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
+                              (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = choose_device(config.device, local_rank)
+    threads = config.threads or max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // here)
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device, threads)
+
+
+def stop(world: World) -> None:
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> a device; ValueError for cuda on a machine without one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device: 'cuda' was asked for, but torch sees no CUDA device here; use auto or cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"torchrun: process {local_rank} has no GPU of its own, this machine has {torch.cuda.device_count()}; "
+            "lower --nproc-per-node"
+        )
+    return torch.device("cuda", local_rank)

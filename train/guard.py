@@ -1,0 +1,105 @@
+"""What keeps a run alive: bad steps are skipped, signals are heard, and the host never waits for the device to know."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import torch
+from torch import Tensor
+
+MEMORY = 0.98  # decay of the gradient norm's running mean: about 50 steps
+SETTLED = 50  # accepted steps before a norm can be called a spike
+
+
+class StepGuard:
+    """Accepts or refuses each step on the device: not finite, or a gradient norm above spike_factor x its running mean.
+
+    State: `mean_norm`, `accepted_steps`, `bad_in_a_row`, `bad_total`, all scalar tensors on the device; saved with checkpoints.
+    """
+
+    def __init__(self, device: torch.device, spike_factor: float) -> None:
+        self.spike_factor = spike_factor
+        self.mean_norm = torch.zeros((), device=device)
+        self.accepted_steps = torch.zeros((), device=device)
+        self.bad_in_a_row = torch.zeros((), device=device)
+        self.bad_total = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def judge(self, norm: Tensor, loss: Tensor) -> Tensor:
+        """norm and loss, scalars equal on all ranks -> bool scalar: whether the step may be taken."""
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        accepted = finite
+        if self.spike_factor > 0:
+            spike = (self.accepted_steps >= SETTLED) & (norm > self.spike_factor * self.mean_norm)
+            accepted = finite & ~spike
+        blended = torch.where(self.accepted_steps > 0, MEMORY * self.mean_norm + (1 - MEMORY) * norm, norm)
+        self.mean_norm = torch.where(accepted, blended, self.mean_norm)
+        self.accepted_steps = self.accepted_steps + accepted
+        self.bad_in_a_row = torch.where(accepted, torch.zeros_like(self.bad_in_a_row), self.bad_in_a_row + 1)
+        self.bad_total = self.bad_total + ~accepted
+        return accepted
+
+    def state(self) -> dict[str, float]:
+        return {
+            "mean_norm": self.mean_norm.item(),
+            "accepted_steps": self.accepted_steps.item(),
+            "bad_in_a_row": self.bad_in_a_row.item(),
+            "bad_total": self.bad_total.item(),
+        }
+
+    def load_state(self, state: dict[str, float]) -> None:
+        for key in self.state():
+            setattr(self, key, torch.full_like(getattr(self, key), state[key]))
+
+
+class LateReading:
+    """Values of the device, read by the host a step later: `push` never waits, `pop` waits for the step before at most."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def push(self, values: Tensor) -> list[float] | None:
+        """Takes this step's values (1-D) and returns the previous step's, None at the first."""
+        previous = self.pop()
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = (host, event)
+        else:
+            self._pending = (values.clone(), None)
+        return previous
+
+    def pop(self) -> list[float] | None:
+        """The values last pushed, once; None if there are none."""
+        if self._pending is None:
+            return None
+        values, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        return values.tolist()
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for a stop after the current step; another one, a second or more later, ends the process at once.
+
+    A second's grace, because one Ctrl-C often arrives twice: from the terminal, and passed on by torchrun or a script.
+    """
+
+    GRACE_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.received, self._since = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.received and now - self._since >= self.GRACE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.received:
+            self.received, self._since = number, now

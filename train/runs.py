@@ -1,0 +1,147 @@
+"""The run folder: it explains itself, moves between machines, and refuses to become another run by accident.
+
+    runs/NAME/config.yaml  tokenizer/  run.json  metrics.jsonl  samples.jsonl  log.txt  checkpoints/
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from train import checkpoint
+from train.config import RunConfig, to_dict, to_yaml
+from train.distributed import World
+
+# What may change when a run goes on: how it is executed and watched, not what it computes.
+FREE_SECTIONS = ("eval", "wandb")
+FREE_KEYS = frozenset(
+    ("name", "runs_dir", "data.cache_dir", "tokenizer.path", "model.expert_backend", "train.steps", "train.epochs",
+     "train.micro_batch_size", "train.device", "train.threads", "train.precision", "train.compile",
+     "train.activation_checkpointing", "train.deterministic", "train.checkpoint_every", "train.keep_checkpoints",
+     "train.log_every", "train.max_bad_steps", "train.init_from")
+)  # fmt: skip
+
+
+class RunFolder:
+    def __init__(self, config: RunConfig) -> None:
+        self.path = config.run_dir
+
+    def newest_checkpoint(self) -> Path | None:
+        found = checkpoint.complete_checkpoints(self.path)
+        return found[-1] if found else None
+
+    def settle_config(self, config: RunConfig, newest: Path | None, resolved_backend: str) -> RunConfig:
+        """The config with its expert backend decided: as the run began, or as resolved now.
+
+        ValueError, naming the first key, if `newest` was trained with another value of a key that matters.
+        """
+        config = copy.deepcopy(config)
+        if newest is None:
+            config.model.expert_backend = resolved_backend
+            return config
+        saved = checkpoint.read_config(newest)
+        before, now = _flat(to_dict(saved)), _flat(to_dict(config))
+        for key in before.keys() | now.keys():
+            free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
+            if not free and before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{key}: {now.get(key)!r}, but the run in {self.path} was started with {before.get(key)!r}; "
+                    "give the run another name, or remove its folder to start afresh"
+                )
+        if config.model.expert_backend == "auto":
+            config.model.expert_backend = saved.model.expert_backend
+        return config
+
+    def write(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+        """config.yaml and tokenizer/; a tokenizer already there must be the same."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        own = self.path / "tokenizer"
+        if own.is_dir() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"tokenizer.path: {config.tokenizer.path!r} is another tokenizer than the one this run began with ({own}); "
+                "give the run another name, or remove its folder to start afresh"
+            )
+        tokenizer.save(own)
+        _replace_text(self.path / "config.yaml", to_yaml(config))
+
+    def begin_session(self, world: World, step: int) -> None:
+        """Notes in run.json the machine and where this session starts."""
+        if not world.is_main:
+            return
+        record = self._record()
+        record["machine"] = describe_machine(world)
+        record["sessions"].append({"started": _now(), "from_step": step, "to_step": None, "seconds": None})
+        self._write_record(record)
+
+    def end_session(self, world: World, started_at: int, step: int, train_seconds: float) -> None:
+        if not world.is_main:
+            return
+        record = self._record()
+        session = record["sessions"][-1]
+        began = datetime.datetime.fromisoformat(session["started"])
+        elapsed = (datetime.datetime.now(datetime.UTC) - began).total_seconds()
+        session.update(to_step=step, seconds=round(elapsed, 1), train_seconds=round(train_seconds, 1))
+        self._write_record(record)
+
+    def _record(self) -> dict:
+        path = self.path / "run.json"
+        if not path.is_file():
+            return {"machine": {}, "started": _now(), "sessions": []}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path}: this file is not JSON any more; remove it (it only keeps dates and the machine)") from None
+
+    def _write_record(self, record: dict) -> None:
+        _replace_text(self.path / "run.json", json.dumps(record, indent=1))
+
+
+def describe_machine(world: World) -> dict:
+    """What a reader needs to judge a speed; no host name, user or path."""
+    machine = {
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else processor_name(),
+        "cores": os.cpu_count(),
+        "processes": world.size,
+        "threads_per_process": world.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    return machine
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """Nested mappings as a.b keys; lists stay whole."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,29 @@
+"""Learning rate as a fraction of the peak, a pure function of the step: resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+
+from train.config import TrainConfig
+
+
+def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `steps`.
+
+    A linear warm-up, then: `cosine` or `linear` from the peak to min_learning_rate x peak; `wsd` (warm-up, stable, decay:
+    arXiv 2404.06395, section 4) holds the peak and falls linearly over the last decay_fraction of the steps; `constant`.
+    """
+    peak, low = config.learning_rate, config.min_learning_rate
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    progress = min((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 1.0)
+    if config.schedule == "cosine":
+        return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if config.schedule == "linear":
+        return peak * (1 - (1 - low) * progress)
+    if config.schedule == "wsd":
+        decay_steps = max(round(steps * config.decay_fraction), 1)
+        remaining = (steps - step) / decay_steps
+        return peak * (low + (1 - low) * min(remaining, 1.0))
+    assert config.schedule == "constant", f"unknown schedule {config.schedule}"
+    return peak
