@@ -21,9 +21,7 @@ MIXTURE = "exercises"
 SYSTEM = "You are MiniMoE, a small language model."
 MAX_CONVERSATION_CHARACTERS = 420  # about 200 tokens at a vocabulary of 2,000 to 4,000
 
-WHAT_I_CAN = (
-    "I can add small numbers, compare them, spell letters backwards, and say a Bible verse in modern English."
-)
+WHAT_I_CAN = "I can add small numbers, compare them, spell letters backwards, and say a Bible verse in modern English."
 SMALL_TALK = {  # what is meant -> (ways to say it, answers)
     "hello": (
         ("Hello", "Hi", "Hey", "Hello there", "Good morning", "Good evening", "Hi there", "Hello MiniMoE"),

@@ -269,7 +269,7 @@ def _best_trivial(kind: _Kind, items: list[Item]) -> tuple[str, float]:
 
 
 def _rests_of_like_length(rests: list[str]) -> list[list[str]]:
-    """For each rest three others of the list, as near in length as there are; the true one at a random place.
+    """For each rest three others of the list, near in length; the true one at a random place, also by length.
 
     Every rest is another's wrong choice about as often as it is right, so a likely sounding rest alone wins nothing.
     """
@@ -277,7 +277,7 @@ def _rests_of_like_length(rests: list[str]) -> list[list[str]]:
     by_length = sorted(range(len(rests)), key=lambda i: (len(rests[i]), i))
     chosen: list[list[str]] = [[] for _ in rests]
     for place, i in enumerate(by_length):
-        start = max(0, min(place - N_CHOICES // 2, len(rests) - N_CHOICES))
+        start = max(0, min(place - rng.randrange(N_CHOICES), len(rests) - N_CHOICES))
         chosen[i] = [rests[j] for j in by_length[start : start + N_CHOICES]]
         assert rests[i] in chosen[i], (place, start)
         rng.shuffle(chosen[i])

@@ -102,13 +102,14 @@ class Attention(nn.Module):
         q, k, v = rotate(q, cos, sin).to(dtype).transpose(1, 2), rotate(k, cos, sin).to(dtype).transpose(1, 2), v.to(dtype)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # (B, H, T, head_dim)
+        with torch.autocast(x.device.type, enabled=False):  # on CPU it would cast float32 back to bfloat16
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.config.dropout if self.training else 0.0,
+                is_causal=mask is None and T > 1,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # (B, H, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))

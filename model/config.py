@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 ROPE_SCALING_KEYS = ("rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 
@@ -51,6 +51,7 @@ class ModelConfig:
     expert_backend: str = field(default="auto", metadata={"choices": ("auto", "loop", "grouped")})
 
     def __post_init__(self) -> None:
+        self._check_bounds()
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.moe_intermediate_size is None:
@@ -66,6 +67,20 @@ class ModelConfig:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check_attention()
         self._check_experts()
+
+    def _check_bounds(self) -> None:
+        """The loader of YAML files checks these too, with the file's name; this is for callers from Python."""
+        for f in fields(self):
+            value, bounds = getattr(self, f.name), f.metadata
+            low, high = bounds.get("min"), bounds.get("max")
+            if value is None:
+                continue
+            if "choices" in bounds and value not in bounds["choices"]:
+                raise ValueError(f"{f.name}: {value!r} is none of {', '.join(bounds['choices'])}")
+            if low is not None and (value < low or (bounds.get("exclusive") and value == low)):
+                raise ValueError(f"{f.name}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {low:g}")
+            if high is not None and value > high:
+                raise ValueError(f"{f.name}: {value!r} must be at most {high:g}")
 
     def _check_attention(self) -> None:
         if self.head_dim % 2:

@@ -98,6 +98,8 @@ class MoEForCausalLM(nn.Module):
         limit = self.config.max_position_embeddings if cache is None else cache.max_length
         if T > limit:
             raise ValueError(f"input_ids: {T} tokens are more than the {limit} positions there are; cut the input")
+        if cache is not None and document_ids is not None:
+            raise ValueError("document_ids: a cache does not know its documents; give either document_ids or cache")
         x, routings = self._hidden_states(input_ids, attention_mask, document_ids, position_ids, cache)
 
         aux_loss = x.new_zeros((), dtype=torch.float32)

@@ -20,41 +20,59 @@ FEW_ASSIGNMENTS = 16  # up to so many (token, expert) pairs, gathering the exper
 
 
 class Permutation(NamedTuple):
-    """Assignments (token, choice) sorted by expert; M = N*k assignments."""
+    """Assignments (token, choice) sorted by expert; M = N*k assignments in M' >= M places, some of them padding."""
 
-    order: Tensor  # (M,) int64: order[i] is the flat assignment (token * k + choice) at sorted place i
+    order: Tensor  # (M',) int64: the flat assignment (token * k + choice) at each sorted place, M where there is padding
     inverse: Tensor  # (M,) int64: inverse[a] is the sorted place of flat assignment a
-    ends: Tensor  # (E,) int32: where each expert's segment ends
+    ends: Tensor  # (E,) int32: where each expert's segment ends, its padding included
 
 
-def sort_by_expert(flat_expert_indices: Tensor, n_experts: int) -> Permutation:
-    """(M,) int64 expert of each assignment -> Permutation, stable, without a host sync."""
+def sort_by_expert(flat_expert_indices: Tensor, n_experts: int, align: int = 1) -> Permutation:
+    """(M,) int64 expert of each assignment -> Permutation, stable. Segments are padded to multiples of `align`; with 1
+    there is no padding (M' = M) and no host sync."""
+    M, device = flat_expert_indices.numel(), flat_expert_indices.device
     sorted_experts, order = flat_expert_indices.sort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    experts = torch.arange(n_experts, device=order.device)
+    experts = torch.arange(n_experts, device=device)
     ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
+    places = torch.arange(M, device=device)
+    if align > 1:
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+        padded_sizes = (sizes + align - 1) // align * align
+        padded_ends = padded_sizes.cumsum(0, dtype=torch.int32)
+        shift = (padded_ends - padded_sizes) - (ends - sizes)  # how far padding moves each segment's start
+        places = places + shift[sorted_experts]
+        ends = padded_ends
+    inverse = torch.empty_like(order)
+    inverse[order] = places
+    if align > 1:
+        order = torch.full((int(ends[-1]),), M, device=device).index_copy_(0, places, order)
     return Permutation(order, inverse, ends)
 
 
+def rows_of_tokens(x: Tensor, order: Tensor, k: int) -> Tensor:
+    """Each token's row at its sorted places: (N, D) -> (M', D). Padding repeats the last token; nobody reads its result."""
+    return x.index_select(0, (order // k).clamp(max=x.shape[0] - 1))
+
+
 class Permute(torch.autograd.Function):
-    """Each token's row, once per assignment, in sorted order: (N, D) -> (M, D)."""
+    """`rows_of_tokens`, differentiable: the gradient of a token is the sum over its k places, a gather too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.k = k
-        return x.index_select(0, order // k)
+        return rows_of_tokens(x, order, k)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        by_token = grad.index_select(0, inverse).view(-1, ctx.k, grad.shape[-1])  # (N, k, D)
+        N, D = inverse.numel() // ctx.k, grad.shape[-1]
+        by_token = grad.index_select(0, inverse).view(N, ctx.k, D)
         return by_token.sum(1), None, None, None
 
 
 class Combine(torch.autograd.Function):
-    """Weighted sum of each token's k expert outputs: sorted (M, D), weights (N, k) -> (N, D), summed in float32."""
+    """Weighted sum of each token's k expert outputs: sorted (M', D), weights (N, k) -> (N, D), summed in float32."""
 
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -66,8 +84,9 @@ class Combine(torch.autograd.Function):
         y, weights, order, inverse = ctx.saved_tensors
         N, k = weights.shape
         wide = _wide(y)
-        grad_y = grad.index_select(0, order // k).to(wide) * weights.reshape(-1, 1).index_select(0, order).to(wide)
-        by_token = y.index_select(0, inverse).view(N, k, -1).to(wide)
+        padded_weights = F.pad(weights.reshape(-1, 1).to(wide), (0, 0, 0, 1))  # the last, 0, is padding's
+        grad_y = rows_of_tokens(grad, order, k).to(wide) * padded_weights.index_select(0, order)
+        by_token = y.index_select(0, inverse).view(N, k, y.shape[-1]).to(wide)
         grad_weights = torch.bmm(by_token, grad.to(wide).unsqueeze(-1)).squeeze(-1)
         return grad_y.to(y.dtype), grad_weights.to(weights.dtype), None, None
 
@@ -76,7 +95,9 @@ def weighted_sum(by_token: Tensor, weights: Tensor) -> Tensor:
     """Expert outputs in token order (N*k, D), weights (N, k) -> (N, D), summed in float32 at least."""
     N, k = weights.shape
     wide = _wide(by_token)
-    return torch.bmm(weights.unsqueeze(1).to(wide), by_token.view(N, k, -1).to(wide)).squeeze(1).to(by_token.dtype)
+    with torch.autocast(by_token.device.type, enabled=False):  # it would round the weights to bfloat16 again
+        y = torch.bmm(weights.unsqueeze(1).to(wide), by_token.view(N, k, by_token.shape[-1]).to(wide))
+    return y.squeeze(1).to(by_token.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -127,13 +148,13 @@ class Experts(nn.Module):
         """x (N, D), topk_idx (N, k) int64, topk_weight (N, k) -> (N, D): the weighted sum of each token's experts."""
         k = topk_idx.shape[1]
         x, into, down = self.in_compute_dtype(x)
-        permutation = sort_by_expert(topk_idx.flatten(), self.n_experts)
-        rows = Permute.apply(x, permutation.order, permutation.inverse, k)  # (M, D)
+        permutation = sort_by_expert(topk_idx.flatten(), self.n_experts, self.segment_alignment(x, k))
+        rows = Permute.apply(x, permutation.order, permutation.inverse, k)  # (M', D)
         y = self.run_segments(rows, permutation.ends, into, down)
         return Combine.apply(y, topk_weight, permutation.order, permutation.inverse)
 
     def run_segments(self, rows: Tensor, ends: Tensor, into: Tensor, down: Tensor) -> Tensor:
-        """Rows sorted by expert (M, D), segment ends (E,) int32 -> (M, D)."""
+        """Rows sorted by expert (M', D), segment ends (E,) int32 -> (M', D)."""
         if resolve_backend(self.backend, rows.device, rows.dtype) == "grouped" and self._grouped_mm_takes(rows, into):
             hidden = self._activate(F.grouped_mm(rows, into.transpose(-2, -1), offs=ends))
             return F.grouped_mm(hidden, down.transpose(-2, -1), offs=ends)
@@ -165,6 +186,17 @@ class Experts(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
         return x.to(dtype), self.into_proj.to(dtype), self.down_proj.to(dtype)
+
+    def segment_alignment(self, x: Tensor, k: int) -> int:
+        """What each expert's segment is rounded up to, for x (N, D) in compute dtype; 1 is no padding.
+
+        On CPU in bfloat16, oneDNN compiles a kernel for every new segment length: about a millisecond and some memory
+        each, tens per step. Rounded lengths come back and are compiled once; at most 1/16 of the mean is added.
+        """
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+            return 1
+        mean_length = x.shape[0] * k // self.n_experts
+        return min(64, max(8, 1 << max(mean_length // 8, 1).bit_length() - 1))
 
     def _grouped_mm_takes(self, rows: Tensor, into: Tensor) -> bool:
         """Whether grouped_mm takes this dtype and these widths: strides must be multiples of 16 bytes."""

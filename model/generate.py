@@ -81,8 +81,8 @@ def _decode(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         real[row, longest - len(prompt) :] = True
     ids, real = ids.to(device), real.to(device)
-    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-    seen.scatter_(1, ids, real)
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.int64, device=device)
+    seen = seen.scatter_add_(1, ids, real.long()) > 0  # added, because padding shares its id with a real token
 
     room = min(max_new_tokens, model.config.max_position_embeddings - longest)
     autocast = torch.is_autocast_enabled(device.type)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.experts import FEW_ASSIGNMENTS, Experts, sort_by_expert, weighted_sum
+from model.experts import FEW_ASSIGNMENTS, Experts, rows_of_tokens, sort_by_expert, weighted_sum
 from model.feed_forward import FeedForward
 from model.gate import MoEGate, Routing
 
@@ -72,9 +72,10 @@ class MoEFeedForward(nn.Module):
             return self.experts.run_few(x, flat_expert_indices.view(N, k), topk_weight).to(x.dtype)
         x_compute, into, down = self.experts.in_compute_dtype(x)
         # Sort the assignments by expert; order // k is then the token each sorted row comes from.
-        order, inverse, ends = sort_by_expert(flat_expert_indices, self.config.n_routed_experts)
-        rows = x_compute.index_select(0, order // k)  # (N*k, D): expert 0's tokens, expert 1's, ...
-        y = self.experts.run_segments(rows, ends, into, down)  # (N*k, D)
+        align = self.experts.segment_alignment(x_compute, k)
+        order, inverse, ends = sort_by_expert(flat_expert_indices, self.config.n_routed_experts, align)
+        rows = rows_of_tokens(x_compute, order, k)  # (M', D): expert 0's tokens, expert 1's, ...
+        y = self.experts.run_segments(rows, ends, into, down)  # (M', D)
         return weighted_sum(y.index_select(0, inverse), topk_weight).to(x.dtype)  # back to token order, then summed
 
     def _jitter(self, hidden_states: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -46,24 +45,24 @@ def save(
     folder = run_dir / "checkpoints"
     final, partial = folder / checkpoint_name(step), folder / f".partial-{checkpoint_name(step)}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         save_file(_model_tensors(model), partial / "model.safetensors")
         save_file(_on_cpu(state_tensors(optimizer, model)), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         (partial / "config.yaml").write_text(run_config.to_yaml(config), encoding="utf-8")
         for name in FILES:
             _flush(partial / name)
+        shutil.rmtree(final, ignore_errors=True)  # the same step saved again, after a resume that went back
+        os.replace(partial, final)
+        _flush(folder)
+        point(run_dir, "latest", final.name)
     except (OSError, SafetensorError) as error:  # SafetensorError: how save_file reports a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"{final}: cannot write this checkpoint ({error}); free some disk space and repeat the command: "
             "earlier checkpoints are untouched"
         ) from None
-    shutil.rmtree(final, ignore_errors=True)  # the same step saved again, after a resume that went back
-    os.replace(partial, final)
-    _flush(folder)
-    point(run_dir, "latest", final.name)
     return final
 
 
@@ -71,9 +70,12 @@ def point(run_dir: Path, pointer: str, name: str) -> None:
     """Makes `latest` or `best` name a checkpoint, in one atomic step."""
     path = run_dir / "checkpoints" / pointer
     temporary = path.with_name(f".{pointer}.partial")
-    temporary.write_text(name + "\n", encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(name + "\n", encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -91,7 +93,7 @@ def pointed(run_dir: Path, pointer: str) -> Path | None:
     path = run_dir / "checkpoints" / pointer
     if not path.is_file():
         return None
-    name = path.read_text(encoding="utf-8").strip()
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
     target = path.parent / name
     return target if _NAME.fullmatch(name) and target in complete_checkpoints(run_dir) else None
 
@@ -111,8 +113,9 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file() and path.name in ("latest", "best") and path.parent.name == "checkpoints":
         target = pointed(path.parent.parent, path.name)
-        if target is not None:
-            return target
+        if target is None:
+            raise ValueError(f"{path}: names no whole checkpoint; give the run folder, or a checkpoint in it")
+        return target
     if _NAME.fullmatch(path.resolve().name) and path.is_dir():
         missing = [name for name in FILES if not (path / name).is_file()]
         if missing:
@@ -126,26 +129,26 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
+    """What `save` was given as state, and `step`. ValueError if it cannot be read."""
+    path = checkpoint / "state.json"
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint / 'state.json'}: cannot be read ({error}); use another checkpoint") from None
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError(f"{path}: is no checkpoint's state, it has no step; use another checkpoint")
+    return state
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    path = checkpoint / "config.yaml"
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); use another checkpoint") from None
-    return run_config.from_dict(tree, str(path))
+    return run_config.load_config(checkpoint / "config.yaml")
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Fills the model from a checkpoint; ValueError naming the first tensor that does not fit."""
     path = checkpoint / "model.safetensors"
     tensors, expected = _read_tensors(path), _model_tensors(model)
-    for name in expected.keys() | tensors.keys():
+    for name in sorted(expected.keys() | tensors.keys()):
         there, here = tensors.get(name), expected.get(name)
         if there is None or here is None or there.shape != here.shape:
             raise ValueError(

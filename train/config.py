@@ -85,7 +85,7 @@ class WandbConfig:
 class RunConfig:
     name: str = "run"  # the run folder is runs_dir/name
     runs_dir: str = "runs"
-    seed: int = field(default=0, metadata=NOT_NEGATIVE)
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**32 - 1})
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -133,7 +133,8 @@ def to_dict(config: RunConfig) -> dict:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+    """Text that `load_config` reads back to an equal RunConfig."""
+    return yaml.dump(to_dict(config), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -153,24 +154,35 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool
 
 
 # YAML 1.2's core numbers and booleans in place of YAML 1.1's, which read 3e-4 as text, no as false and 012 as ten.
+# Merge keys (<<) go too: `base` is how a file takes over another's keys.
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] in ("null", "merge")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
     list("-+0123456789."),
 )
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that also quotes the texts which _StrictLoader would read as numbers, such as 3e-4."""
+
+    yaml_implicit_resolvers = {
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _StrictLoader.yaml_implicit_resolvers.get(first, [])
+        for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _StrictLoader.yaml_implicit_resolvers.keys()
+    }
 
 
 def _parse_yaml(text: str, where: str) -> object:
     try:
         return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: no tag can build an object
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `!!bool x`: a KeyError
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -257,7 +269,7 @@ def _convert(value: object, hint: typing.Any, where: str, key: str) -> typing.An
         return [_convert(item, typing.get_args(hint)[0], where, f"{key}[{i}]") for i, item in enumerate(value)]
     wanted = origin or hint
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
         raise ValueError(f"{where}: {key}: {value!r} must be {_TYPE_NAMES.get(wanted, wanted.__name__)}")
     if wanted is float and not math.isfinite(value):
@@ -275,6 +287,10 @@ def _check_bounds(value: object, bounds: typing.Mapping, where: str, key: str) -
         raise ValueError(f"{where}: {key}: {value!r} is none of {', '.join(bounds['choices'])}")
     low, high = bounds.get("min"), bounds.get("max")
     if low is not None and (value < low or (bounds.get("exclusive") and value <= low)):
-        raise ValueError(f"{where}: {key}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {low:g}")
+        raise ValueError(f"{where}: {key}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {_plain(low)}")
     if high is not None and value > high:
-        raise ValueError(f"{where}: {key}: {value!r} must be at most {high:g}")
+        raise ValueError(f"{where}: {key}: {value!r} must be at most {_plain(high)}")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.cli import USER_ERROR
 from train.config import TrainConfig
 
 
@@ -32,9 +35,19 @@ class World:
             dist.all_reduce(total)
         return total
 
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Runs `action` on rank 0 while the others wait. If it fails there, they leave too: rank 0 says why."""
+        failure = None
+        if self.is_main:
+            try:
+                action()
+            except (ValueError, OSError) as error:
+                failure = error
+        failed = self.sum(torch.tensor(float(failure is not None), device=self.device)).item()
+        if failure is not None:
+            raise failure
+        if failed:
+            sys.exit(USER_ERROR)
 
 
 def start(config: TrainConfig) -> World:

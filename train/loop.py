@@ -53,11 +53,9 @@ class Plan:
         return self.rows_per_step * self.context_length
 
 
-def make_plan(config: RunConfig, rows_per_epoch: int, ranks: int) -> Plan:
-    """ValueError, with numbers that would work, if the batch cannot be divided exactly."""
+def rows_of_step(config: RunConfig, ranks: int) -> int:
+    """Rows of an optimizer step. ValueError, with numbers that would work, if they cannot be divided exactly."""
     train, T = config.train, config.context_length
-    if rows_per_epoch == 0:
-        raise ValueError(f"data.context_length: {T}: the sources fill not one row of {T} tokens; shorten it or add text")
     rows, left = divmod(train.tokens_per_step, T)
     if left or rows == 0:
         raise ValueError(
@@ -68,14 +66,34 @@ def make_plan(config: RunConfig, rows_per_epoch: int, ranks: int) -> Plan:
             f"torchrun: {ranks} processes, but train.tokens_per_step: {train.tokens_per_step} is only {rows} rows of {T} tokens; "
             "start fewer processes or raise it"
         )
-    share = train.micro_batch_size * ranks
-    if rows % share:
+    if rows % ranks:
         raise ValueError(
-            f"train.micro_batch_size: {train.micro_batch_size} rows x {ranks} process(es) = {share} does not divide the {rows} rows "
-            f"of a step; use a divisor of {rows / ranks:g}" + ("" if rows % ranks == 0 else ", and a number of processes that divides the rows")
+            f"torchrun: {ranks} processes cannot share the {rows} rows of train.tokens_per_step: {train.tokens_per_step} evenly; "
+            f"start a number of processes that divides {rows}"
         )
+    if rows // ranks % train.micro_batch_size:
+        raise ValueError(
+            f"train.micro_batch_size: {train.micro_batch_size} does not divide the {rows // ranks} rows that each of {ranks} "
+            f"process(es) has in a step of {train.tokens_per_step} tokens; use a divisor of {rows // ranks}"
+        )
+    return rows
+
+
+def make_plan(config: RunConfig, rows_per_epoch: int, ranks: int) -> Plan:
+    """The run's arithmetic. ValueError as `rows_of_step`."""
+    train, rows = config.train, rows_of_step(config, ranks)
     steps = train.steps if train.steps is not None else math.ceil(train.epochs * rows_per_epoch / rows)
-    return Plan(T, rows, train.micro_batch_size, rows // share, steps)
+    return Plan(config.context_length, rows, train.micro_batch_size, rows // (train.micro_batch_size * ranks), steps)
+
+
+def check_settings(config: RunConfig, ranks: int) -> None:
+    """ValueError for what would stop the run later and can be seen now, before hours of preparing data."""
+    rows_of_step(config, ranks)
+    names = [source.name for source in config.data.sources]
+    if config.eval.best_source not in (None, *names):
+        raise ValueError(f"eval.best_source: {config.eval.best_source!r} is no source of this config; use one of {', '.join(names)}")
+    if config.train.init_from is not None and not checkpoint.complete_checkpoints(config.run_dir):
+        checkpoint.check_same_shape(config.model, checkpoint.find_checkpoint(config.train.init_from))
 
 
 def train(config: RunConfig) -> int:
@@ -87,9 +105,8 @@ def train(config: RunConfig) -> int:
     # Data, and what it means for the batch.
     tokenizer = Tokenizer.load(config.tokenizer.path)
     describe.check_vocabulary(config, tokenizer)
-    if world.is_main:
-        prepare(config.data, tokenizer)
-    world.wait()
+    check_settings(config, world.size)
+    world.on_main(lambda: prepare(config.data, tokenizer))
     prepared = open_prepared(config.data, tokenizer)
     signals = StopSignals()
     masked = config.data.document_mask or config.data.format == "chat"
@@ -102,9 +119,13 @@ def train(config: RunConfig) -> int:
     folder = RunFolder(config)
     newest = folder.newest_checkpoint()
     config = folder.settle_config(config, newest, resolved_backend)
-    if world.is_main:
-        folder.write(config, tokenizer)
-    world.wait()
+    world.on_main(lambda: folder.write(config, tokenizer))
+
+    if newest is not None and folder.is_finished(newest, plan.steps):
+        distributed.stop(world)
+        if world.is_main:
+            print(f"{folder.path}: already finished, {plan.steps} steps; nothing to do (a larger train.steps goes on)")
+        return 0
 
     # Model and optimizer: fresh, from another run's weights, or as the newest checkpoint left them.
     torch.manual_seed(config.seed)
@@ -112,9 +133,7 @@ def train(config: RunConfig) -> int:
     if newest is not None:
         checkpoint.load_weights(model, newest)
     elif config.train.init_from is not None:
-        start_from = checkpoint.find_checkpoint(config.train.init_from)
-        checkpoint.check_same_shape(config.model, start_from)
-        checkpoint.load_weights(model, start_from)
+        checkpoint.load_weights(model, checkpoint.find_checkpoint(config.train.init_from))
     model.to(world.device)
     model.activation_checkpointing = config.train.activation_checkpointing
     model.set_count_reduction(world.sum)
@@ -137,15 +156,17 @@ def train(config: RunConfig) -> int:
     started_at, stopping, saved_step = progress.step, False, progress.step if newest is not None else None
     folder.begin_session(world, progress.step)
 
+    def write_checkpoint() -> None:
+        progress.train_seconds = clock.seconds()
+        state = {"progress": dataclasses.asdict(progress), "guard": guard.state(), "ranks": world.size}
+        checkpoint.save(folder.path, progress.step, model, optimizer, state, config)
+        checkpoint.prune(folder.path, config.train.keep_checkpoints)
+
     def save() -> None:
         nonlocal saved_step
-        if world.is_main and saved_step != progress.step:
-            progress.train_seconds = clock.seconds()
-            state = {"progress": dataclasses.asdict(progress), "guard": guard.state(), "ranks": world.size}
-            checkpoint.save(folder.path, progress.step, model, optimizer, state, config)
-            checkpoint.prune(folder.path, config.train.keep_checkpoints)
+        if saved_step != progress.step:
+            world.on_main(write_checkpoint)
         saved_step = progress.step
-        world.wait()
 
     def evaluate() -> None:
         loss = _held_out(model, prepared, config, world, autocast, progress, clock, reporter)
@@ -179,7 +200,7 @@ def train(config: RunConfig) -> int:
         previous = readings.push(torch.stack((sums.stop, guard.bad_in_a_row, guard.bad_total)))
         if previous is not None:
             stopping = previous[0] > 0
-            _watch_bad_steps(previous[1], previous[2], progress, config, folder, reporter)
+            _watch_bad_steps(previous[1], previous[2], progress.step - 1, progress, config, folder, reporter)
         if progress.step % config.train.log_every == 0 or progress.step == plan.steps:
             row = describe.step_row(sums, model, plan, config, world, precision, learning_rate, guard, progress, clock)
             reporter.log(row)
@@ -188,7 +209,7 @@ def train(config: RunConfig) -> int:
 
     last = readings.pop()
     if last is not None and finished:
-        _watch_bad_steps(last[1], last[2], progress, config, folder, reporter)
+        _watch_bad_steps(last[1], last[2], progress.step, progress, config, folder, reporter)
     folder.end_session(world, started_at, progress.step, clock.seconds())
     reporter.say(
         f"finished: {plan.steps} steps, {progress.tokens:,} tokens, {clock.seconds():.0f} s of training; run folder {folder.path}"
@@ -384,16 +405,17 @@ def _samples(model: MoEForCausalLM, tokenizer: Tokenizer, config: RunConfig, aut
 
 
 def _watch_bad_steps(
-    bad_in_a_row: float, bad_total: float, progress: Progress, config: RunConfig, folder: RunFolder, reporter: Reporter
+    bad_in_a_row: float, bad_total: float, step: int, progress: Progress, config: RunConfig, folder: RunFolder, reporter: Reporter
 ) -> None:
-    """Says what was skipped, and ends the run when there were too many in a row."""
+    """Says what was skipped up to `step`, and ends the run when there were too many in a row."""
     if bad_total > progress.bad_steps:
         progress.bad_steps = int(bad_total)
-        reporter.say(f"step {progress.step}: a bad step was skipped (gradient not finite, or a spike); {int(bad_total)} so far")
+        reporter.say(f"step {step}: a bad step was skipped (gradient not finite, or a spike); {int(bad_total)} so far")
     if bad_in_a_row >= config.train.max_bad_steps:
         raise ValueError(
-            f"{folder.path}: {int(bad_in_a_row)} steps in a row were skipped (train.max_bad_steps), their gradients not finite or "
-            "spikes; the checkpoints are intact: lower train.learning_rate or look at the data, then repeat the command"
+            f"{folder.path}: {int(bad_in_a_row)} steps in a row were skipped (train.max_bad_steps: {config.train.max_bad_steps}), their "
+            "gradients not finite or spikes; its checkpoints are intact: look at the data, or start another run (name) with a lower "
+            "train.learning_rate"
         )
 
 

@@ -16,7 +16,7 @@ def read_rows(path: Path) -> list[dict]:
     A resumed run may log a step again: a reader keeps the last row of each (kind, step).
     """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():  # bytes: a kill may cut inside a character
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -87,9 +87,12 @@ class Reporter:
 
 def _start_wandb(config: RunConfig, run_dir: Path, say) -> object:
     """The run's wandb run: the same one again after a resume. Online without a key goes offline and says so."""
-    import wandb
-
     mode = config.wandb.mode
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"wandb.mode: {mode!r} needs wandb; run: pip install wandb, or set wandb.mode to disabled") from None
+
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         say("wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it")
         mode = "offline"

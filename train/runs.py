@@ -18,6 +18,7 @@ from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.config import RunConfig, to_dict, to_yaml
 from train.distributed import World
+from train.metrics import read_rows
 
 # What may change when a run goes on: how it is executed and watched, not what it computes.
 FREE_SECTIONS = ("eval", "wandb")
@@ -48,7 +49,7 @@ class RunFolder:
             return config
         saved = checkpoint.read_config(newest)
         before, now = _flat(to_dict(saved)), _flat(to_dict(config))
-        for key in before.keys() | now.keys():
+        for key in sorted(before.keys() | now.keys()):
             free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
             if not free and before.get(key) != now.get(key):
                 raise ValueError(
@@ -70,6 +71,13 @@ class RunFolder:
             )
         tokenizer.save(own)
         _replace_text(self.path / "config.yaml", to_yaml(config))
+
+    def is_finished(self, newest: Path, steps: int) -> bool:
+        """Whether the last checkpoint and the last held-out losses are both there."""
+        if checkpoint.read_state(newest)["step"] < steps:
+            return False
+        evaluated = [row["step"] for row in read_rows(self.path / "metrics.jsonl") if row["kind"] == "held_out"]
+        return bool(evaluated) and evaluated[-1] >= steps
 
     def begin_session(self, world: World, step: int) -> None:
         """Notes in run.json the machine and where this session starts."""

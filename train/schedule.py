@@ -22,7 +22,7 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     if config.schedule == "linear":
         return peak * (1 - (1 - low) * progress)
     if config.schedule == "wsd":
-        decay_steps = max(round(steps * config.decay_fraction), 1)
+        decay_steps = max(min(round(steps * config.decay_fraction), steps - config.warmup_steps), 1)
         remaining = (steps - step) / decay_steps
         return peak * (low + (1 - low) * min(remaining, 1.0))
     assert config.schedule == "constant", f"unknown schedule {config.schedule}"

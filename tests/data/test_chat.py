@@ -14,12 +14,14 @@ contents = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text:
 conversations = st.tuples(
     st.one_of(st.none(), contents), st.lists(st.tuples(contents, contents), min_size=1, max_size=3)
 ).map(
-    lambda drawn: [{"role": "system", "content": drawn[0]}] * (drawn[0] is not None)
-    + [
-        {"role": role, "content": content}
-        for pair in drawn[1]
-        for role, content in zip(("user", "assistant"), pair)
-    ]
+    lambda drawn: (
+        [{"role": "system", "content": drawn[0]}] * (drawn[0] is not None)
+        + [
+            {"role": role, "content": content}
+            for pair in drawn[1]
+            for role, content in zip(("user", "assistant"), pair)
+        ]
+    )
 )
 
 

@@ -48,7 +48,7 @@ def test_verses_of_both_versions_are_parallel_single_lines():
     web, kjv = corpora.bible_verses("web"), corpora.bible_verses("kjv")
     assert len(web) == len(kjv) == 31_102
     assert len(set(web) & set(kjv)) == 31_099, "Romans' doxology alone is counted differently"
-    assert web[8_001_016].startswith('Ruth said, "Don\'t entreat me to leave you')
+    assert web[8_001_016].startswith("Ruth said, \"Don't entreat me to leave you")
     assert kjv[8_001_016].startswith("And Ruth said, Intreat me not to leave thee")
     assert web[19_002_012].endswith("take refuge in him."), "the next psalm's title is no part of this verse"
     for verses in (web, kjv):

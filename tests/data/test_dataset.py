@@ -27,7 +27,9 @@ def opened(tokenizer, jsonl, config):
 
 
 def documents(n, offset=0):
-    return [{"text": f"document {i} says {i * i} things. " * (i % 3 + 1)} for i in range(offset, offset + n)]
+    """No two of their rows are alike."""
+    numbers = [[str(1000 * i + 37 * j) for j in range(i % 5 + 2)] for i in range(offset, offset + n)]
+    return [{"text": f"document {i}: {', '.join(of_it)}."} for i, of_it in enumerate(numbers, offset)]
 
 
 def keys(batch):
@@ -194,12 +196,14 @@ def test_packed_conversations_are_whole_and_only_answers_are_targets(opened, tok
     from data.chat import encode_conversation
 
     records = chats(60)
-    rows = opened(records, format="chat").train_rows(128, False, seed=0)
+    rows = opened(records, format="chat").train_rows(256, False, seed=0)
     batch = rows.batch(0, rows.rows_per_epoch)
     assert batch.keys() == {"input_ids", "labels", "document_ids", "attention_mask"}
     assert batch["attention_mask"].dtype == torch.bool
     found, learned = Counter(), Counter()
-    for ids, labels, numbers, real in zip(*(batch[k] for k in ("input_ids", "labels", "document_ids", "attention_mask"))):
+    for ids, labels, numbers, real in zip(
+        *(batch[k] for k in ("input_ids", "labels", "document_ids", "attention_mask"))
+    ):
         assert labels[~real].eq(IGNORED).all() and ids[~real].eq(tokenizer.pad_id).all()
         assert not torch.isin(numbers[~real], numbers[real]).any(), "padding belongs to no conversation"
         for number in numbers[real].unique():
@@ -213,11 +217,11 @@ def test_packed_conversations_are_whole_and_only_answers_are_targets(opened, tok
 
 
 def test_conversations_too_long_for_a_row_are_counted_and_left_out_of_the_bytes(opened, tokenizer, chats):
-    long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 200}]}
-    rows = opened([*chats(9), long], format="chat").train_rows(128, False, seed=0)
-    assert rows.skipped == {"s0": {"longer than 128 tokens": 1}}
+    long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 400}]}
+    rows = opened([*chats(9), long], format="chat").train_rows(256, False, seed=0)
+    assert rows.skipped == {"s0": {"longer than 256 tokens": 1}}
     held = opened([*chats(60), *[dict(long, n=i) for i in range(9)]], format="chat", held_out_fraction=0.5)
-    held_out = held.held_out("s0", 128)
+    held_out = held.held_out("s0", 256)
     spelled = ""
     for batch in held_out.batches(3):
         for labels in batch["labels"]:
@@ -227,7 +231,9 @@ def test_conversations_too_long_for_a_row_are_counted_and_left_out_of_the_bytes(
 
 
 def test_too_little_text_for_one_row_is_an_error(opened, chats):
-    with pytest.raises(ValueError, match="source 's0': nothing of its .* makes a row of 5000 tokens; give it more text"):
+    with pytest.raises(
+        ValueError, match="source 's0': nothing of its .* makes a row of 5000 tokens; give it more text"
+    ):
         opened(documents(3)).train_rows(5000, False, seed=0)
     with pytest.raises(ValueError, match="makes a row of 8 tokens; raise data.context_length"):
         opened(chats(3), format="chat").train_rows(8, True, seed=0)

@@ -26,7 +26,9 @@ def folder_of(prepared, name="s0"):
 
 def stream(prepared, split="train", name="s0", ending="bin"):
     folder = folder_of(prepared, name)
-    parts = [np.fromfile(f, np.uint16 if ending == "bin" else np.uint8) for f in sorted(folder.glob(f"{split}-*.{ending}"))]
+    parts = [
+        np.fromfile(f, np.uint16 if ending == "bin" else np.uint8) for f in sorted(folder.glob(f"{split}-*.{ending}"))
+    ]
     return np.concatenate(parts).tolist() if parts else []
 
 
@@ -124,7 +126,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tokenizer, jsonl, config
     data = config({"path": jsonl(documents(3000))})
 
     def on_the_full_disk(self):
-        self.file, self.left, self.digest = open("/dev/full", "wb"), module.SHARD_TOKENS, hashlib.sha256()  # noqa: SIM115
+        self.file, self.left, self.digest = open("/dev/full", "wb"), module.SHARD_TOKENS, hashlib.sha256()
         self.files.append({"name": "full", "tokens": 0})
 
     monkeypatch.setattr(module._ShardWriter, "_next_file", on_the_full_disk)
@@ -157,6 +159,8 @@ def test_shards_of_another_tokenizer_are_refused(tokenizer, manual, jsonl, confi
     prepare(data, tokenizer, progress=False)
     with pytest.raises(ValueError, match="made with another tokenizer .*run: python -m scripts.prepare_data"):
         open_prepared(data, other)
+    prepare(data, other, progress=False)  # the remedy works, and the first shards stay
+    assert open_prepared(data, other).index["tokenizer_fingerprint"] == other.fingerprint
     index = folder_of(open_prepared(data, tokenizer)) / "index.json"
     index.write_text(index.read_text().replace(tokenizer.fingerprint, other.fingerprint))
     with pytest.raises(ValueError, match="made with another tokenizer"):
@@ -213,7 +217,9 @@ def test_what_is_left_out_is_counted(tokenizer, jsonl, config, chats):
 
 
 def test_nothing_to_train_on_is_an_error(tokenizer, jsonl, config):
-    with pytest.raises(ValueError, match=r"source 's0': nothing to train on: 0 documents .* 2 skipped \(2 empty text\)"):
+    with pytest.raises(
+        ValueError, match=r"source 's0': nothing to train on: 0 documents .* 2 skipped \(2 empty text\)"
+    ):
         prepare(config({"path": jsonl([{"text": ""}, {"text": ""}])}), tokenizer, progress=False)
     with pytest.raises(ValueError, match="data.sources: there is no source; name at least one"):
         prepare(config(), tokenizer, progress=False)

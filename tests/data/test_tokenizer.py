@@ -12,7 +12,9 @@ from data.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, Tokenizer
 any_text = st.lists(
     st.one_of(
         st.text(st.characters(exclude_categories=["Cs"])),
-        st.sampled_from([*SPECIAL_TOKENS, "\r\n", "\n\n ", "   x", "123,456", "e\u0301\u1eaf", "\ufeff", "日本語", "\x00", "👩‍👩‍👧"]),
+        st.sampled_from(
+            [*SPECIAL_TOKENS, "\r\n", "\n\n ", "   x", "123,456", "e\u0301\u1eaf", "\ufeff", "日本語", "\x00", "👩‍👩‍👧"]
+        ),
     )
 ).map("".join)
 

@@ -91,7 +91,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(workplace, whole):
 
 def test_a_finished_run_stays_as_it_is(workplace, whole):
     before = metrics(whole)
-    assert "finished" in run("train.pretrain", workplace / "pretrain.yaml")
+    assert "already finished" in run("train.pretrain", workplace / "pretrain.yaml")
     assert metrics(whole) == before
 
 
