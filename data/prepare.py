@@ -204,7 +204,8 @@ def _write_shards(
     skipped: Counter = Counter()
     chat = config.format == "chat"
     encode = _encode_conversations if chat else _encode_documents
-    with tqdm(desc=f"preparing {source.name}", unit=" documents", disable=not progress) as bar:
+    quiet = None if progress else True  # None: a bar where there is a terminal to draw it in
+    with tqdm(desc=f"preparing {source.name}", unit=" documents", disable=quiet) as bar:
         for batch in _batches(iterate(source, config.format), skipped):
             for record, (ids, mask, n_bytes) in zip(batch, encode(tokenizer, batch)):
                 if n_bytes == 0:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 ROPE_SCALING_KEYS = ("rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _at_least(low: float) -> dict:
@@ -99,8 +104,12 @@ class ModelConfig:
             raise ValueError(f"rope_scaling: rope_type {self.rope_scaling.get('rope_type')!r} must be yarn, or rope_scaling null")
         for key in ("factor", "original_max_position_embeddings"):
             value = self.rope_scaling.get(key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
+            if not _is_number(value) or value < 1:
                 raise ValueError(f"rope_scaling: {key}: {value!r} must be a number of at least 1")
+        for key in ("beta_fast", "beta_slow", "attention_factor"):
+            value = self.rope_scaling.get(key)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ValueError(f"rope_scaling: {key}: {value!r} must be a number above 0, or left out")
 
     def _check_experts(self) -> None:
         for layer in self.mlp_only_layers:

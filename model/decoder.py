@@ -130,7 +130,7 @@ class MoEForCausalLM(nn.Module):
             cache.real[:, cache.length : cache.length + T] = attention_mask
             cache.has_padding = True
         if position_ids is None:
-            position_ids = _positions(T, cache, attention_mask, document_ids, input_ids.device)
+            position_ids = _positions(T, cache, document_ids, input_ids.device)
         mask = attention_mask_for(T, input_ids.device, attention_mask, document_ids, cache)
         cos, sin = self.rotary(position_ids)  # (T, head_dim) or (B, T, head_dim)
         cos, sin = (table.view(-1, T, 1, self.config.head_dim) for table in (cos, sin))
@@ -193,9 +193,7 @@ class MoEForCausalLM(nn.Module):
                 balance.update_bias(gate.expert_bias, counts, self.config.router_bias_update_rate, accepted)
 
 
-def _positions(
-    T: int, cache: KVCache | None, attention_mask: Tensor | None, document_ids: Tensor | None, device: torch.device
-) -> Tensor:
+def _positions(T: int, cache: KVCache | None, document_ids: Tensor | None, device: torch.device) -> Tensor:
     """0, 1, 2, ... behind what the cache holds; from each document's start with document_ids: (T,) or (B, T) int64."""
     past = cache.length if cache is not None else 0
     if cache is not None and cache.has_padding:

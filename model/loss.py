@@ -28,11 +28,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             learned = (target != IGNORE).to(wide).unsqueeze(1)
             safe_target = target.clamp(min=0).unsqueeze(1)
             logits = (hidden[rows] @ head.t()).to(wide)
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            total += ((log_normaliser - logits.gather(1, safe_target)) * learned).sum()
+            logits -= logits.amax(-1, keepdim=True)
+            of_target = logits.gather(1, safe_target)
+            exponentials = logits.exp_()
+            normaliser = exponentials.sum(-1, keepdim=True)
+            total += ((normaliser.log() - of_target) * learned).sum()
             if with_gradient:
-                grad_logits = logits.sub_(log_normaliser).exp_()  # softmax
-                grad_logits.scatter_add_(1, safe_target, -torch.ones_like(learned)).mul_(learned)
+                grad_logits = exponentials.mul_(learned / normaliser)  # softmax, 0 where there is no target
+                grad_logits.scatter_add_(1, safe_target, -learned)
                 grad_logits = grad_logits.to(hidden.dtype)
                 grad_hidden[rows] = grad_logits @ head
                 grad_head += grad_logits.t() @ hidden[rows]

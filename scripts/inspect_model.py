@@ -88,7 +88,7 @@ def tokens_of_run(config: RunConfig) -> tuple[int | None, str]:
         return train.steps * train.tokens_per_step, f"{train.steps} steps x {train.tokens_per_step} tokens"
     from data.prepare import open_prepared  # these are heavier than all else here, and needed for epochs alone
     from data.tokenizer import Tokenizer
-    from train.loop import make_plan
+    from train.plan import make_plan
 
     try:
         prepared = open_prepared(config.data, Tokenizer.load(config.tokenizer.path))

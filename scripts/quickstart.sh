@@ -97,9 +97,9 @@ report() {
 stage setup set_up requirements.txt
 stage tokenizer "$PYTHON" -m scripts.train_tokenizer "$CONFIGS/tokenizer.yaml"
 stage prepare-pretrain "$PYTHON" -m scripts.prepare_data "$CONFIGS/pretrain.yaml"
-stage pretrain "$PYTHON" -m train.pretrain "$CONFIGS/pretrain.yaml"
+stage pretrain train train.pretrain "$CONFIGS/pretrain.yaml"
 stage prepare-sft "$PYTHON" -m scripts.prepare_data "$CONFIGS/sft.yaml"
-stage sft "$PYTHON" -m train.sft "$CONFIGS/sft.yaml"
+stage sft train train.sft "$CONFIGS/sft.yaml"
 stage evaluate-pretrain evaluate "$PRETRAIN"
 stage evaluate-sft evaluate "$SFT"
 stage report report

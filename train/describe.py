@@ -16,9 +16,11 @@ from model.flops import flops_per_token, total_count
 from train.config import RunConfig
 from train.distributed import World
 from train.guard import StepGuard
+from train.plan import Plan
+from train.progress import Clock, Progress
 
 if TYPE_CHECKING:
-    from train.loop import Clock, Plan, Progress, StepSums
+    from train.loop import StepSums
 
 # Dense bf16 peaks, FLOP/s, from the makers' data sheets (without sparsity). Unknown devices have no MFU.
 PEAK_BF16_FLOPS = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,9 +46,10 @@ class World:
             except (ValueError, OSError) as error:
                 failure = error
         failed = self.sum(torch.tensor(float(failure is not None), device=self.device)).item()
-        if failure is not None:
-            raise failure
         if failed:
+            stop(self)
+            if failure is not None:
+                raise failure
             sys.exit(USER_ERROR)
 
 
@@ -61,12 +64,15 @@ def start(config: TrainConfig) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Hours, because the others wait while rank 0 prepares the data; a rank that dies is noticed by torchrun at once.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     return World(rank, size, device, threads)
 
 
 def stop(world: World) -> None:
+    """Leaves the process group. The last collective's tensors are dropped by gloo's threads, which need Python for it."""
     if world.size > 1:
+        time.sleep(0.2)  # a thread that has not had its turn when Python ends aborts the process (1 run in 20)
         dist.destroy_process_group()
 
 

@@ -10,90 +10,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import math
 import signal
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.chat import encode_prompt
-from data.dataset import Prepared, TrainRows
+from data.dataset import TrainRows
 from data.prepare import open_prepared, prepare
 from data.tokenizer import Tokenizer
 from model import MoEForCausalLM
 from model.experts import resolve_backend
-from model.generate import generate
 from train import checkpoint, describe, distributed
 from train.config import RunConfig
 from train.distributed import World
 from train.guard import LateReading, StepGuard, StopSignals
 from train.metrics import Reporter
 from train.optim import build_optimizer, set_learning_rate, step_if
-from train.precision import autocast_for, compute_dtype, resolve_precision
+from train.plan import Plan, check_settings, make_plan
+from train.precision import Autocast, autocast_for, compute_dtype, resolve_precision
+from train.progress import Clock, Progress
 from train.runs import RunFolder
 from train.schedule import learning_rate_at
-from train.validate import HeldOutLoss, held_out_loss
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a step's tokens are shared out. rows_per_step = micro_batch_size x accumulation x ranks, exactly."""
-
-    context_length: int
-    rows_per_step: int
-    micro_batch_size: int
-    accumulation: int
-    steps: int
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.rows_per_step * self.context_length
-
-
-def rows_of_step(config: RunConfig, ranks: int) -> int:
-    """Rows of an optimizer step. ValueError, with numbers that would work, if they cannot be divided exactly."""
-    train, T = config.train, config.context_length
-    rows, left = divmod(train.tokens_per_step, T)
-    if left or rows == 0:
-        raise ValueError(
-            f"train.tokens_per_step: {train.tokens_per_step} is no multiple of the context length {T}; use {max(rows, 1) * T}"
-        )
-    if rows < ranks:
-        raise ValueError(
-            f"torchrun: {ranks} processes, but train.tokens_per_step: {train.tokens_per_step} is only {rows} rows of {T} tokens; "
-            "start fewer processes or raise it"
-        )
-    if rows % ranks:
-        raise ValueError(
-            f"torchrun: {ranks} processes cannot share the {rows} rows of train.tokens_per_step: {train.tokens_per_step} evenly; "
-            f"start a number of processes that divides {rows}"
-        )
-    if rows // ranks % train.micro_batch_size:
-        raise ValueError(
-            f"train.micro_batch_size: {train.micro_batch_size} does not divide the {rows // ranks} rows that each of {ranks} "
-            f"process(es) has in a step of {train.tokens_per_step} tokens; use a divisor of {rows // ranks}"
-        )
-    return rows
-
-
-def make_plan(config: RunConfig, rows_per_epoch: int, ranks: int) -> Plan:
-    """The run's arithmetic. ValueError as `rows_of_step`."""
-    train, rows = config.train, rows_of_step(config, ranks)
-    steps = train.steps if train.steps is not None else math.ceil(train.epochs * rows_per_epoch / rows)
-    return Plan(config.context_length, rows, train.micro_batch_size, rows // (train.micro_batch_size * ranks), steps)
-
-
-def check_settings(config: RunConfig, ranks: int) -> None:
-    """ValueError for what would stop the run later and can be seen now, before hours of preparing data."""
-    rows_of_step(config, ranks)
-    names = [source.name for source in config.data.sources]
-    if config.eval.best_source not in (None, *names):
-        raise ValueError(f"eval.best_source: {config.eval.best_source!r} is no source of this config; use one of {', '.join(names)}")
-    if config.train.init_from is not None and not checkpoint.complete_checkpoints(config.run_dir):
-        checkpoint.check_same_shape(config.model, checkpoint.find_checkpoint(config.train.init_from))
+from train.validate import held_out_row, loss_that_decides, samples
 
 
 def train(config: RunConfig) -> int:
@@ -105,7 +47,7 @@ def train(config: RunConfig) -> int:
     # Data, and what it means for the batch.
     tokenizer = Tokenizer.load(config.tokenizer.path)
     describe.check_vocabulary(config, tokenizer)
-    check_settings(config, world.size)
+    check_settings(config, world.size, tokenizer)
     world.on_main(lambda: prepare(config.data, tokenizer))
     prepared = open_prepared(config.data, tokenizer)
     signals = StopSignals()
@@ -169,10 +111,17 @@ def train(config: RunConfig) -> int:
         saved_step = progress.step
 
     def evaluate() -> None:
-        loss = _held_out(model, prepared, config, world, autocast, progress, clock, reporter)
+        progress.train_seconds = clock.seconds()
+        row = held_out_row(model, prepared, config, world, autocast, progress)
         if world.is_main:
-            _samples(model, tokenizer, config, autocast, progress.step, reporter)
-        if progress.best_loss is None or loss <= progress.best_loss:  # equal: evaluated again after a resume
+            for prompt, text in samples(model, tokenizer, config, autocast):
+                reporter.sample(progress.step, prompt, text)
+        if row is None:
+            return
+        reporter.log(row)
+        reporter.say(describe.held_out_text(row))
+        loss = loss_that_decides(row, config)
+        if math.isfinite(loss) and (progress.best_loss is None or loss <= progress.best_loss):  # equal: again after a resume
             progress.best_loss, progress.best_step = loss, progress.step
             save()  # a best step is worth a checkpoint of its own
             if world.is_main:
@@ -222,18 +171,6 @@ def train(config: RunConfig) -> int:
 
 
 @dataclass
-class Progress:
-    """What a checkpoint says of the run beside weights and moments."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # tokens seen, over all ranks
-    train_seconds: float = 0.0
-    best_loss: float | None = None
-    best_step: int | None = None
-    bad_steps: int = 0  # skipped steps already reported
-
-
-@dataclass
 class StepSums:
     """A step's sums over micro-batches and ranks, on the device."""
 
@@ -255,7 +192,7 @@ def train_step(
     plan: Plan,
     config: RunConfig,
     world: World,
-    autocast,
+    autocast: Autocast,
     step: int,
     signals: StopSignals,
 ) -> StepSums:
@@ -337,71 +274,14 @@ def _parallel(model: MoEForCausalLM, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters  # after torch 2.11
+    keep_local = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **keep_local)
 
 
 def _due(step: int, every: int) -> bool:
     """Whether something done every so many steps is due after `step` of them."""
     return every > 0 and step > 0 and step % every == 0
-
-
-def _held_out(
-    model: MoEForCausalLM, prepared: Prepared, config: RunConfig, world: World, autocast, progress: Progress, clock: Clock,
-    reporter: Reporter,
-) -> float:  # fmt: skip
-    """Held-out loss of every source, shared out over ranks; logs it and returns the loss that chooses `best`."""
-    masked = config.data.document_mask or config.data.format == "chat"
-    sources, losses = {}, {}
-    for name in prepared.names:
-        held = prepared.held_out(name, config.context_length, masked)
-        if config.eval.max_tokens is not None:
-            held = held.subset(config.eval.max_tokens)
-        if held.n_tokens == 0:
-            continue
-        batches = (batch for i, batch in enumerate(held.batches(config.eval.batch_size)) if i % world.size == world.rank)
-        with torch.compiler.set_stance("force_eager"):  # evaluation's many shapes are not worth compiling
-            local = held_out_loss(model, batches, world.device, autocast)
-        sums = world.sum(torch.tensor([local.nats, local.targets], dtype=torch.float64, device=world.device)).tolist()
-        losses[name] = whole = HeldOutLoss(sums[0], int(sums[1]))
-        sources[name] = {
-            "loss": whole.loss,
-            "perplexity": math.exp(min(whole.loss, 700)),
-            "bits_per_byte": whole.bits_per_byte(held.n_bytes),
-            "tokens": whole.targets,
-            "bytes": held.n_bytes,
-        }
-    if not losses:
-        return math.inf
-    mean = sum(each.nats for each in losses.values()) / max(sum(each.targets for each in losses.values()), 1)
-    best_source = config.eval.best_source
-    if best_source is not None and best_source not in losses:
-        raise ValueError(f"eval.best_source: {best_source!r} is no source with held-out text; use one of {', '.join(losses)}")
-    row = {"kind": "held_out", "step": progress.step, "tokens": progress.tokens, "train_seconds": clock.seconds(), "sources": sources, "loss": mean}
-    reporter.log(row)
-    reporter.say(describe.held_out_text(row))
-    return losses[best_source].loss if best_source else mean
-
-
-def _samples(model: MoEForCausalLM, tokenizer: Tokenizer, config: RunConfig, autocast, step: int, reporter: Reporter) -> None:
-    """What the model says to the config's prompts: text continued, or in fine-tuning a user's turn answered."""
-    if not config.eval.prompts:
-        return
-    chat = config.data.format == "chat"
-    prompts = [
-        encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        for prompt in config.eval.prompts
-    ]
-    model.eval()
-    with autocast(), torch.compiler.set_stance("force_eager"):
-        answers = generate(
-            model, prompts, max_new_tokens=config.eval.sample_tokens, temperature=0.0 if chat else 0.7, top_p=0.9,
-            stop_ids=(tokenizer.eos_id, tokenizer.im_end_id), seed=config.seed,
-        )  # fmt: skip
-    model.train()
-    for prompt, answer in zip(config.eval.prompts, answers, strict=True):
-        text = tokenizer.decode(answer)
-        reporter.sample(step, prompt, text)
-        reporter.say(f"  {prompt!r} -> {text!r}")
 
 
 def _watch_bad_steps(
@@ -417,25 +297,3 @@ def _watch_bad_steps(
             "gradients not finite or spikes; its checkpoints are intact: look at the data, or start another run (name) with a lower "
             "train.learning_rate"
         )
-
-
-class Clock:
-    """Seconds of training, without those spent saving and evaluating."""
-
-    def __init__(self, device: torch.device, seconds_before: float, tokens_before: int) -> None:
-        self.device, self._before, self._since = device, seconds_before, time.perf_counter()
-        self.logged_seconds, self.logged_tokens = seconds_before, tokens_before  # at the last logged step
-
-    def seconds(self) -> float:
-        """Seconds so far; waits for the device, so that its queue counts."""
-        if self._since is None:
-            return self._before
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return self._before + time.perf_counter() - self._since
-
-    @contextlib.contextmanager
-    def paused(self):
-        self._before, self._since = self.seconds(), None
-        yield
-        self._since = time.perf_counter()

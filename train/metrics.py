@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -71,8 +72,10 @@ class Reporter:
             self._wandb.log(_flat(row))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
+        """Keeps a sample in samples.jsonl and says it."""
         if self.speaks:
             append_row(self.run_dir / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+            self.say(f"  {prompt!r} -> {text!r}")
 
     def progress(self) -> None:
         if self._bar is not None:
@@ -93,16 +96,19 @@ def _start_wandb(config: RunConfig, run_dir: Path, say) -> object:
     except ImportError:
         raise ValueError(f"wandb.mode: {mode!r} needs wandb; run: pip install wandb, or set wandb.mode to disabled") from None
 
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        say("wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it")
-        mode = "offline"
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
-    run = wandb.init(
-        project=config.wandb.project, group=config.wandb.group, name=config.name, id=id_file.read_text(encoding="utf-8").strip(),
-        resume="allow", mode=mode, dir=str(run_dir), config=to_dict(config),
-    )  # fmt: skip
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    try:
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            say("wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it")
+            mode = "offline"
+        run = wandb.init(
+            project=config.wandb.project, group=config.wandb.group, name=config.name, id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow", mode=mode, dir=str(run_dir), config=to_dict(config),
+        )  # fmt: skip
+    except wandb.Error as error:
+        raise ValueError(f"wandb.mode: {mode!r}: wandb could not start ({error}); set wandb.mode to offline or disabled") from None
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # a resumed run goes back some steps; wandb's own counter may not
     return run

@@ -53,8 +53,13 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `state_tensors`."""
+    """The reverse of `state_tensors`. ValueError, naming the tensor, if one is missing or has another shape."""
+    if not tensors:
+        return  # saved before the first step
     for name, parameter in model.named_parameters():
-        keys = [key for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{key}" in tensors]
-        if keys:
-            optimizer.state[parameter] = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in keys}
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            tensor, shape = tensors.get(f"{name}/{key}"), parameter.shape if key != "step" else torch.Size()
+            if tensor is None or tensor.shape != shape:
+                found = "absent" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                raise ValueError(f"optimizer state: {name}/{key} is {found}, wanted {tuple(shape)}; use another checkpoint")
+            optimizer.state[parameter][key] = tensor.to(parameter.device)

@@ -1,4 +1,7 @@
-"""Held-out loss: summed in float64, so that neither batch size nor the number of ranks shows."""
+"""What training shows of itself on the way: held-out loss and samples.
+
+Losses are summed in float64, so that neither batch size nor the number of ranks shows.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.chat import encode_prompt
+from data.dataset import Prepared
+from data.tokenizer import Tokenizer
 from model import MoEForCausalLM
+from model.generate import generate
+from train.config import RunConfig
+from train.distributed import World
 from train.precision import Autocast
+from train.progress import Progress
 
 
 class HeldOutLoss(NamedTuple):
@@ -43,3 +53,67 @@ def held_out_loss(
         targets += out.n_targets
     model.train(was_training)
     return HeldOutLoss(nats.item(), int(targets.item()))
+
+
+def held_out_row(
+    model: MoEForCausalLM, prepared: Prepared, config: RunConfig, world: World, autocast: Autocast, progress: Progress
+) -> dict | None:
+    """The held-out loss of every source, shared out over ranks, as a row of metrics.jsonl; None where nothing is held out."""
+    masked = config.data.document_mask or config.data.format == "chat"
+    sources, losses = {}, {}
+    for name in prepared.names:
+        held = prepared.held_out(name, config.context_length, masked)
+        if config.eval.max_tokens is not None:
+            held = held.subset(config.eval.max_tokens)
+        if held.n_tokens == 0:
+            continue
+        batches = (batch for i, batch in enumerate(held.batches(config.eval.batch_size)) if i % world.size == world.rank)
+        with torch.compiler.set_stance("force_eager"):  # evaluation's many shapes are not worth compiling
+            local = held_out_loss(model, batches, world.device, autocast)
+        sums = world.sum(torch.tensor([local.nats, local.targets], dtype=torch.float64, device=world.device)).tolist()
+        losses[name] = whole = HeldOutLoss(sums[0], int(sums[1]))
+        sources[name] = {
+            "loss": whole.loss,
+            "perplexity": math.exp(min(whole.loss, 700)),
+            "bits_per_byte": whole.bits_per_byte(held.n_bytes),
+            "tokens": whole.targets,
+            "bytes": held.n_bytes,
+        }
+    if not losses:
+        return None
+    mean = sum(each.nats for each in losses.values()) / max(sum(each.targets for each in losses.values()), 1)
+    return {
+        "kind": "held_out",
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "train_seconds": progress.train_seconds,
+        "sources": sources,
+        "loss": mean,
+    }
+
+
+def loss_that_decides(row: dict, config: RunConfig) -> float:
+    """The loss that chooses `best`: eval.best_source's, or the mean over all held-out targets."""
+    source = config.eval.best_source
+    if source is None:
+        return row["loss"]
+    if source not in row["sources"]:
+        raise ValueError(f"eval.best_source: {source!r} has no held-out text; use one of {', '.join(row['sources'])}")
+    return row["sources"][source]["loss"]
+
+
+def samples(model: MoEForCausalLM, tokenizer: Tokenizer, config: RunConfig, autocast: Autocast) -> list[tuple[str, str]]:
+    """(prompt, what the model says) for the config's prompts: text continued, or in fine-tuning a user's turn answered."""
+    chat = config.data.format == "chat"
+    prompts = [
+        encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        for prompt in config.eval.prompts
+    ]
+    model.eval()
+    with autocast(), torch.compiler.set_stance("force_eager"):
+        answers = generate(
+            model, prompts, max_new_tokens=config.eval.sample_tokens, temperature=0.0 if chat else 0.7, top_p=0.9,
+            stop_ids=(tokenizer.eos_id, tokenizer.im_end_id), seed=config.seed,
+        )  # fmt: skip
+    model.train()
+    return [(prompt, tokenizer.decode(answer)) for prompt, answer in zip(config.eval.prompts, answers, strict=True)]

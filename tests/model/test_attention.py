@@ -70,7 +70,11 @@ def test_the_mask_says_who_sees_whom():
             for b in range(3):
                 for t in range(5):
                     for s in range(5):
-                        sees = s <= t and (ids is None or ids[b, s] == ids[b, t]) and (padding is None or bool(padding[b, s]))
+                        sees = (
+                            s <= t
+                            and (ids is None or ids[b, s] == ids[b, t])
+                            and (padding is None or bool(padding[b, s]))
+                        )
                         assert mask[b, 0, t, s] == (sees or s == t), f"row {b}, query {t}, key {s}"
 
 
@@ -104,7 +108,9 @@ def test_attention_runs_in_float32_on_cpu_under_autocast(tiny_config, enlarge, m
     cos, sin = (table.view(1, 6, 1, -1) for table in RotaryEmbedding(8, 8, 100.0)(torch.arange(6)))
     results, kernel = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *args, **options: results.append(kernel(*args, **options)) or results[-1]
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **options: results.append(kernel(*args, **options)) or results[-1],
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = attention(torch.randn(2, 6, 32), cos, sin, None, None)

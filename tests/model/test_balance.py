@@ -32,7 +32,8 @@ def rows_of(scores, topk_idx, real=None) -> list[list[tuple[torch.Tensor, list[i
     """Per row, the (scores, chosen) of its real tokens."""
     B, T, _ = scores.shape
     return [
-        [(scores[b, t].double(), topk_idx[b, t].tolist()) for t in range(T) if real is None or real[b, t]] for b in range(B)
+        [(scores[b, t].double(), topk_idx[b, t].tolist()) for t in range(T) if real is None or real[b, t]]
+        for b in range(B)
     ]
 
 
@@ -53,7 +54,9 @@ def test_counts_are_those_of_a_loop():
     real = some_padding()
     for mask in (None, real):
         counts = balance.count_tokens(topk_idx, 5, mask)
-        expected = [[sum(e in chosen for _, chosen in row) for e in range(5)] for row in rows_of(scores, topk_idx, mask)]
+        expected = [
+            [sum(e in chosen for _, chosen in row) for e in range(5)] for row in rows_of(scores, topk_idx, mask)
+        ]
         assert counts.dtype == torch.float32
         assert counts.tolist() == expected
 
@@ -69,7 +72,9 @@ def test_losses_are_their_formulas(scoring, padded):
     everything = [token for row in rows for token in row]
     assert ours("batch", scores, topk_idx, real) == pytest.approx(f_dot_p(everything), rel=1e-5)
     window = [11.0, 2.0, 0.0, 7.0, 30.0]
-    assert ours("global", scores, topk_idx, real, torch.tensor(window)) == pytest.approx(f_dot_p(everything, window), rel=1e-5)
+    assert ours("global", scores, topk_idx, real, torch.tensor(window)) == pytest.approx(
+        f_dot_p(everything, window), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)

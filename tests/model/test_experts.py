@@ -33,7 +33,9 @@ ROUTINGS = {
 }
 
 
-def make_experts(backend: str, gated: bool = True, hidden: int = D, width: int = WIDTH, act: str = "silu", seed: int = 0) -> Experts:
+def make_experts(
+    backend: str, gated: bool = True, hidden: int = D, width: int = WIDTH, act: str = "silu", seed: int = 0
+) -> Experts:
     torch.manual_seed(seed)
     return Experts(E, hidden, width, act, gated, backend, hidden**-0.5, width**-0.5)
 
@@ -45,7 +47,10 @@ def reference(module: Experts, x: torch.Tensor, topk_idx: torch.Tensor, topk_wei
         y = torch.zeros_like(token)
         for place, e in enumerate(chosen):
             if module.gated:
-                gate, up = module.gate_up_proj[e][: module.down_proj.shape[-1]], module.gate_up_proj[e][module.down_proj.shape[-1] :]
+                gate, up = (
+                    module.gate_up_proj[e][: module.down_proj.shape[-1]],
+                    module.gate_up_proj[e][module.down_proj.shape[-1] :],
+                )
                 hidden = module.act(gate @ token) * (up @ token)
             else:
                 hidden = module.act(module.up_proj[e] @ token)
@@ -69,7 +74,11 @@ def assert_agree(ours: dict, expected: dict, tolerance: float) -> None:
     for name in expected:
         scale = max(1.0, float(expected[name].abs().max()))
         torch.testing.assert_close(
-            ours[name].double(), expected[name].double(), atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            ours[name].double(),
+            expected[name].double(),
+            atol=tolerance * scale,
+            rtol=0,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -105,7 +114,9 @@ def test_backends_are_the_reference_forward_and_backward(backend, gated, routing
     assert_agree(few, expected, 2e-5)
 
 
-@pytest.mark.parametrize(("hidden", "width", "takes"), [(14, 24, False), (16, 7, False), (13, 9, False), (12, 20, True)])
+@pytest.mark.parametrize(
+    ("hidden", "width", "takes"), [(14, 24, False), (16, 7, False), (13, 9, False), (12, 20, True)]
+)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_widths_grouped_mm_cannot_take_run_all_the_same(hidden, width, takes, gated, grouped_calls):
     """float32 needs multiples of 4 (16 bytes)."""
@@ -158,26 +169,36 @@ def test_the_combination_is_float32_under_autocast():
         torch.testing.assert_close(result, exact.to(torch.bfloat16), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("align", [1, 4, 8])
 @pytest.mark.parametrize("routing", list(ROUTINGS))
-def test_sorting_is_stable_and_its_inverse_undoes_it(routing):
+def test_sorting_is_stable_padded_and_undone_by_its_inverse(routing, align):
     flat = ROUTINGS[routing]().flatten()
-    order, inverse, ends = sort_by_expert(flat, E)
-    assert order.tolist() == sorted(range(len(flat)), key=lambda a: (int(flat[a]), a))
-    assert torch.equal(order[inverse], torch.arange(len(flat)))
-    assert ends.tolist() == [sum(int(e) <= expert for e in flat) for expert in range(E)]
+    M = len(flat)
+    order, inverse, ends = sort_by_expert(flat, E, align)
+    expected, expected_ends = [], []
+    for expert in range(E):
+        segment = [a for a in range(M) if flat[a] == expert]
+        expected += segment + [M] * (-len(segment) % align)
+        expected_ends.append(len(expected))
+    assert order.tolist() == expected
+    assert ends.tolist() == expected_ends
+    assert torch.equal(order[inverse], torch.arange(M))
     assert ends.dtype == torch.int32, "what grouped_mm takes"
 
 
-def test_permute_and_combine_have_the_gradients_of_what_they_compute():
+@pytest.mark.parametrize("align", [1, 4])
+def test_permute_and_combine_have_the_gradients_of_what_they_compute(align):
     topk_idx = random_choice(7, 3)
-    order, inverse, _ = sort_by_expert(topk_idx.flatten(), E)
+    order, inverse, ends = sort_by_expert(topk_idx.flatten(), E, align)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(21, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(int(ends[-1]), 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(7, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(Permute.apply(x, order, inverse, 3), x[order // 3])
+    real = order < 21
+    assert torch.equal(Permute.apply(x, order, inverse, 3)[real], x[order[real] // 3])
     by_loop = torch.stack([sum(weights[n, j] * y[inverse[n * 3 + j]] for j in range(3)) for n in range(7)])
     torch.testing.assert_close(Combine.apply(y, weights, order, inverse), by_loop)
-    assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order, inverse, 3), (x,))
+    # What padding computes is read by nobody, so its gradient is 0, which is what Combine's backward gives.
+    assert torch.autograd.gradcheck(lambda x: Permute.apply(x, order, inverse, 3) * real.unsqueeze(1), (x,))
     assert torch.autograd.gradcheck(lambda y, w: Combine.apply(y, w, order, inverse), (y, weights))
 
 
@@ -238,7 +259,11 @@ def test_gate_rows_come_first(act):
     """Expert e with its matrices pulled apart is the FeedForward of the same weights."""
     module = make_experts("loop", act=act)
     x = torch.randn(6, D)
-    formula = {"silu": F.silu, "gelu": lambda h: h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), "relu": lambda h: h.clamp(min=0)}
+    formula = {
+        "silu": F.silu,
+        "gelu": lambda h: h * 0.5 * (1 + torch.erf(h / math.sqrt(2))),
+        "relu": lambda h: h.clamp(min=0),
+    }
     for e in range(E):
         gate, up = module.gate_up_proj[e].split(WIDTH)
         expected = (formula[act](x @ gate.t()) * (x @ up.t())) @ module.down_proj[e].t()
@@ -248,8 +273,25 @@ def test_gate_rows_come_first(act):
 
 def test_auto_is_resolved_from_device_and_dtype():
     cpu = torch.device("cpu")
-    assert [resolve_backend("auto", cpu, d) for d in (torch.float32, torch.bfloat16, torch.float64)] == ["grouped", "grouped", "loop"]
+    assert [resolve_backend("auto", cpu, d) for d in (torch.float32, torch.bfloat16, torch.float64)] == [
+        "grouped",
+        "grouped",
+        "loop",
+    ]
     assert [resolve_backend(b, cpu, torch.float32) for b in ("loop", "grouped")] == ["loop", "grouped"]
     module = make_experts("grouped").double()
     topk_idx, weights, x = random_choice(9, 2), torch.rand(9, 2).double(), torch.randn(9, D).double()
-    torch.testing.assert_close(module(x, topk_idx, weights), reference(module, x, topk_idx, weights), msg="grouped falls back for float64")
+    torch.testing.assert_close(
+        module(x, topk_idx, weights), reference(module, x, topk_idx, weights), msg="grouped falls back for float64"
+    )
+
+
+def test_bfloat16_segments_on_cpu_have_few_lengths():
+    """oneDNN compiles a kernel for each new length; elsewhere nothing is padded."""
+    module = make_experts("grouped")
+    for N in (1, 10, 200, 1000, 100_000):
+        x = torch.empty(N, 0, dtype=torch.bfloat16)
+        align = module.segment_alignment(x, 2)
+        assert align in (8, 16, 32, 64) and (align == 8 or align * 8 <= N * 2 / E), f"{align} for {N} tokens"
+        assert module.segment_alignment(x.float(), 2) == 1
+        assert module.segment_alignment(x.to("meta"), 2) == 1

@@ -148,7 +148,9 @@ def test_repetition_penalty_lowers_what_was_seen(fixed):
     positive = fixed([3.0, 2.0, 1.4])
     said = generate(positive, [[60]], max_new_tokens=4, temperature=0, repetition_penalty=2.0)[0]
     assert said == [0, 1, 0, 0], "3; then 2 beats 3/2; then 3/2 beats 1.4 and 2/2, and stays"
-    assert generate(positive, [[0]], max_new_tokens=1, temperature=0, repetition_penalty=2.0) == [[1]], "the prompt is seen"
+    assert generate(positive, [[0]], max_new_tokens=1, temperature=0, repetition_penalty=2.0) == [[1]], (
+        "the prompt is seen"
+    )
     negative = fixed([-1.0, -1.5, -1.9])
     said = generate(negative, [[60]], max_new_tokens=3, temperature=0, repetition_penalty=2.0)[0]
     assert said == [0, 1, 2], "negative scores are multiplied"

@@ -23,8 +23,9 @@ def test_rms_norm_is_transformers(eps):
 
 def test_rms_norm_computes_in_float32_and_keeps_the_dtype():
     norm = RMSNorm(64, 1e-6)
+    norm.weight.data.uniform_(0.5, 1.5)
     x = 1000 * torch.randn(4, 64, dtype=torch.bfloat16)
-    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.detach().double()
     y = norm(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, exact.to(torch.bfloat16), atol=0, rtol=0)
@@ -46,7 +47,8 @@ YARN = [
     {"factor": 4.0, "original_max_position_embeddings": 32},
     {"factor": 8.0, "original_max_position_embeddings": 512},
     {"factor": 1.0, "original_max_position_embeddings": 128},
-    {"factor": 2.5, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0},
+    {"factor": 2.5, "original_max_position_embeddings": 2048, "beta_fast": 8.0},
+    {"factor": 2.5, "original_max_position_embeddings": 2048, "beta_slow": 4.0},
     {"factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5},
     {"factor": 16.0, "original_max_position_embeddings": 4096},
 ]
@@ -76,7 +78,9 @@ def test_yarn_frequencies_are_transformers(scaling):
 
 def test_yarn_keeps_fast_rotations_and_stretches_slow_ones():
     plain = RotaryEmbedding(64, 2, 10000.0)
-    yarn = RotaryEmbedding(64, 2, 10000.0, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048})
+    yarn = RotaryEmbedding(
+        64, 2, 10000.0, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    )
     ratio = (torch.atan2(yarn.sin, yarn.cos) / torch.atan2(plain.sin, plain.cos))[1, :32]
     assert ratio[0] == pytest.approx(1.0, abs=1e-4), "turns 326 times over the context: kept"
     assert ratio[-1] == pytest.approx(0.25, abs=1e-4), "turns less than once: interpolated by the factor"

@@ -28,9 +28,7 @@ def both(hidden, head, targets, scale=1.0):
     """Value and gradients by hidden and head, ours and torch's; `scale` is what the training loop multiplies by."""
     ours = chunked_cross_entropy(hidden, head, targets)
     theirs = F.cross_entropy(hidden @ head.t(), targets, ignore_index=IGNORE, reduction="sum")
-    return [
-        (value.detach(), *torch.autograd.grad(value * scale, (hidden, head))) for value in (ours, theirs)
-    ]
+    return [(value.detach(), *torch.autograd.grad(value * scale, (hidden, head))) for value in (ours, theirs)]
 
 
 @pytest.mark.parametrize("N", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])

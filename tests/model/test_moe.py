@@ -14,7 +14,13 @@ D = 16
 @pytest.fixture
 def make_moe(tiny_config, enlarge):
     def make(seed: int = 0, **changes) -> MoEFeedForward:
-        shape = {"hidden_size": D, "head_dim": 8, "moe_intermediate_size": 24, "n_routed_experts": 5, "aux_loss_alpha": 0.1}
+        shape = {
+            "hidden_size": D,
+            "head_dim": 8,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 5,
+            "aux_loss_alpha": 0.1,
+        }
         return enlarge(MoEFeedForward(tiny_config(**{**shape, **changes})), seed)
 
     return make
@@ -150,7 +156,8 @@ def test_evaluation_takes_moe_infer_and_training_does_not(make_moe, monkeypatch,
     moe = make_moe()
     calls = []
     for owner, name in ((moe, "moe_infer"), (moe.experts, "run_few"), (moe.experts, "forward")):
-        monkeypatch.setattr(owner, name, lambda *a, f=getattr(owner, name), n=name: calls.append(n) or f(*a))
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, f=function, n=name: calls.append(n) or f(*args))
     x = torch.randn(1, N, D)
     moe(x)
     moe.eval()
@@ -273,7 +280,9 @@ def test_compute_has_no_side_effect(make_moe):
 
 
 def test_layers_initialise_themselves(tiny_config):
-    config = tiny_config(hidden_size=64, moe_intermediate_size=128, n_routed_experts=16, initializer_range=0.05, num_hidden_layers=8)
+    config = tiny_config(
+        hidden_size=64, moe_intermediate_size=128, n_routed_experts=16, initializer_range=0.05, num_hidden_layers=8
+    )
     moe = MoEFeedForward(config)
     stds = {name: float(p.detach().std()) for name, p in moe.named_parameters()}
     small = 0.05 / math.sqrt(2 * 8)  # what is added to the residual stream, GPT-2's rule
