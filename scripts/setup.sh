@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 # than one process with two threads (docs/results.md), and far faster on a busy machine. With a card, one process.
 train() {
     if [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-        run_child "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@" train.threads=1
+        OMP_NUM_THREADS=1 run_child "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@" train.threads=1
     else
         run_child "$PYTHON" -m "$@"
     fi
