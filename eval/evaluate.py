@@ -162,8 +162,8 @@ def main() -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} must be at least 1")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ValueError(f"--json {options.json}: the folder {options.json.parent} is not there; make it, or name another file")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the evaluation
 
     run = open_run(options.run, device=options.device, precision=options.precision)
     names = choose_tasks(options.tasks, run.config.data.format == "chat")

@@ -17,6 +17,7 @@ SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
 FAKE_PYTHON = """#!/usr/bin/env bash
 if [ "$2" = "import torch" ]; then exit 0; fi
 if [ "$1" != -m ]; then exec {python} "$@"; fi
+if [ "$2" = torch.distributed.run ]; then shift 5; fi  # --standalone --nproc-per-node 2: what it launches counts
 echo "$2 $3" >>calls.txt
 if [ "$2" = "$(cat slow.txt 2>/dev/null)" ]; then exec {python} slow.py "$2"; fi
 case "$2" in
