@@ -13,10 +13,12 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import tokenizers
+from typing import TYPE_CHECKING
 
 from data.chat import CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    import tokenizers  # at run time only where it is used: opening model and train must work without it
 
 PAD, BOS, EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # every byte has an id
@@ -50,6 +52,8 @@ class Tokenizer:
     """
 
     def __init__(self, json_bytes: bytes, where: str):
+        import tokenizers
+
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json_bytes.decode("utf-8"))
         except Exception as error:  # the Rust library raises bare Exceptions
@@ -86,6 +90,8 @@ class Tokenizer:
                 f"model.vocab_size: {vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
                 f"need {SMALLEST_VOCABULARY}"
             )
+        import tokenizers
+
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
             [

@@ -102,6 +102,11 @@ class Attention(nn.Module):
         q, k, v = rotate(q, cos, sin).to(dtype).transpose(1, 2), rotate(k, cos, sin).to(dtype).transpose(1, 2), v.to(dtype)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+            # On CUDA grouped heads are for flash, which takes no mask; with both, torch falls to the kernel that stores all
+            # scores. Repeated keys and values let the memory-efficient one run.
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         with torch.autocast(x.device.type, enabled=False):  # on CPU it would cast float32 back to bfloat16
             y = F.scaled_dot_product_attention(
                 q,

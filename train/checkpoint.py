@@ -53,6 +53,7 @@ def save(
         (partial / "config.yaml").write_text(run_config.to_yaml(config), encoding="utf-8")
         for name in FILES:
             _flush(partial / name)
+        _flush(partial)
         shutil.rmtree(final, ignore_errors=True)  # the same step saved again, after a resume that went back
         os.replace(partial, final)
         _flush(folder)

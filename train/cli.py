@@ -23,6 +23,9 @@ def run(main: Callable[[], int | None]) -> None:
 
     MINIMOE_TRACEBACK=1 in the environment shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? rather than ending the run
     if os.environ.get("MINIMOE_TRACEBACK"):
         sys.exit(main())
     try:

@@ -22,10 +22,12 @@ from train.progress import Clock, Progress
 if TYPE_CHECKING:
     from train.loop import StepSums
 
-# Dense bf16 peaks, FLOP/s, from the makers' data sheets (without sparsity). Unknown devices have no MFU.
+# Dense bf16 peaks, FLOP/s, from the makers' data sheets (without sparsity), by the name torch gives the device. Others, laptop
+# and NVL variants among them, have no MFU.
 PEAK_BF16_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -163,6 +165,5 @@ def _mfu(speed: float | None, config: RunConfig, plan: Plan, world: World, preci
     """Model FLOPs utilisation; None on a device without a known peak, or not in bfloat16."""
     if speed is None or world.device.type != "cuda" or precision != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(world.device)
-    peak = next((flops for key, flops in PEAK_BF16_FLOPS.items() if key in name), None)
+    peak = PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(world.device))
     return speed * flops_per_token(config.model, plan.context_length) / (peak * world.size) if peak else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import math
 import signal
@@ -42,7 +43,6 @@ def train(config: RunConfig) -> int:
     """Runs or resumes the run that `config` describes. Returns the exit code: 0 when finished, 128 + signal when stopped."""
     world = distributed.start(config.train)
     torch.use_deterministic_algorithms(config.train.deterministic)
-    torch.set_float32_matmul_precision("high")
 
     # Data, and what it means for the batch.
     tokenizer = Tokenizer.load(config.tokenizer.path)
@@ -63,7 +63,7 @@ def train(config: RunConfig) -> int:
     config = folder.settle_config(config, newest, resolved_backend)
     world.on_main(lambda: folder.write(config, tokenizer))
 
-    if newest is not None and folder.is_finished(newest, plan.steps):
+    if newest is not None and folder.is_finished(newest, plan.steps, prepared):
         distributed.stop(world)
         if world.is_main:
             print(f"{folder.path}: already finished, {plan.steps} steps; nothing to do (a larger train.steps goes on)")
@@ -161,7 +161,8 @@ def train(config: RunConfig) -> int:
         _watch_bad_steps(last[1], last[2], progress.step, progress, config, folder, reporter)
     folder.end_session(world, started_at, progress.step, clock.seconds())
     reporter.say(
-        f"finished: {plan.steps} steps, {progress.tokens:,} tokens, {clock.seconds():.0f} s of training; run folder {folder.path}"
+        f"finished: {plan.steps} steps, {progress.tokens:,} tokens, {clock.seconds():.0f} s of training, best at step "
+        f"{progress.best_step}; run folder {folder.path}"
         if finished
         else f"stopped after step {progress.step} with a checkpoint; the same command goes on from there"
     )
@@ -205,7 +206,7 @@ def train_step(
     first_row = step * plan.rows_per_step
     batches = [rows.batch(first_row + g * plan.micro_batch_size, plan.micro_batch_size) for g in global_indices]
     here = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    targets, stop = world.sum(torch.tensor([here, signals.received], dtype=torch.float32, device=world.device))
+    targets, stop = world.sum(_without_waiting(torch.tensor([here, signals.received], dtype=torch.float32), world.device))
 
     optimizer.zero_grad(set_to_none=True)
     model.reset_counts()
@@ -216,7 +217,7 @@ def train_step(
         last = a == plan.accumulation - 1
         with contextlib.nullcontext() if last or world.size == 1 else parallel.no_sync():
             with autocast():
-                out = parallel(**_to_device(batch, world.device), return_logits=False)
+                out = parallel(**{key: _without_waiting(value, world.device) for key, value in batch.items()}, return_logits=False)
             # DDP averages gradients over ranks: `world.size` turns the mean of the first term back into a sum.
             objective = out.loss * (out.n_targets * world.size / targets) + out.aux_loss / plan.accumulation
             objective.backward()
@@ -253,19 +254,19 @@ def _sum_over_ranks(
     return total[0], total[1], total[2 : 2 + 4 * L].view(L, 4), total[2 + 4 * L :].view(L, -1)
 
 
-def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type == "cuda":
-        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
-    return batch
+def _without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; through pinned memory, so that the host does not wait for the device's queue."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _compile(model: MoEForCausalLM, config: RunConfig, world: World, precision: str) -> bool:
     """torch.compile of each decoder layer in place. grouped_mm compiles in bfloat16 only, and a CPU gains little."""
     wanted = config.train.compile
-    on = wanted == "on" or (wanted == "auto" and world.device.type == "cuda" and precision == "bfloat16")
+    able = world.device.type == "cuda" and precision == "bfloat16" and importlib.util.find_spec("triton") is not None
+    on = wanted == "on" or (wanted == "auto" and able)
     if on:
         for layer in model.layers:
-            layer.compile()
+            layer.compile(dynamic=False)  # every micro-batch has the same shape
     return on
 
 

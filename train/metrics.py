@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -27,13 +28,22 @@ def read_rows(path: Path) -> list[dict]:
 
 def append_row(path: Path, row: dict) -> None:
     """Adds one JSON line. A line that a kill left unfinished is closed first."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
     with open(path, "ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = "\n" + line
         file.write(line.encode("utf-8"))
+
+
+def _finite(value: object) -> object:
+    """NaN and infinity, of a skipped step, as null: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Reporter:

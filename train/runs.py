@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data.dataset import Prepared
 from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.config import RunConfig, to_dict, to_yaml
@@ -72,10 +73,12 @@ class RunFolder:
         tokenizer.save(own)
         _replace_text(self.path / "config.yaml", to_yaml(config))
 
-    def is_finished(self, newest: Path, steps: int) -> bool:
-        """Whether the last checkpoint and the last held-out losses are both there."""
+    def is_finished(self, newest: Path, steps: int, prepared: Prepared) -> bool:
+        """Whether the last checkpoint and, where anything is held out, the last held-out losses are there."""
         if checkpoint.read_state(newest)["step"] < steps:
             return False
+        if not any(source["held_out"]["documents"] for source in prepared.index["sources"]):
+            return True
         evaluated = [row["step"] for row in read_rows(self.path / "metrics.jsonl") if row["kind"] == "held_out"]
         return bool(evaluated) and evaluated[-1] >= steps
 

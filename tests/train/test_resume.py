@@ -1,6 +1,8 @@
 """Promise 4: 20 steps in one go equal 10 steps, a kill and 10 more, bit for bit; in real processes with a real SIGKILL."""
 
 import json
+import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -100,3 +102,61 @@ def test_best_and_latest_name_whole_checkpoints(whole):
     held_out = {row["step"]: row["loss"] for row in read_rows(whole / "metrics.jsonl") if row["kind"] == "held_out"}
     best = checkpoint.pointed(whole, "best")
     assert checkpoint.read_state(best)["step"] == min(held_out, key=held_out.get)
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_always_leaves_a_run_that_goes_on(workplace, whole):
+    """A checkpoint every step, so that many kills fall into the writing of one."""
+    config = workplace / "pretrain.yaml", "name=pre-random", "train.checkpoint_every=1"
+    folder, rng = workplace / "runs/pre-random", random.Random(0)
+    for _ in range(10):
+        process = start("train.pretrain", *config)
+        before = len(read_rows(folder / "metrics.jsonl"))
+        deadline = time.monotonic() + 60
+        while len(read_rows(folder / "metrics.jsonl")) == before and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        if checkpoint.complete_checkpoints(folder):
+            checkpoint.read_state(checkpoint.find_checkpoint(folder))
+        for pointer in ("latest", "best"):
+            if (folder / "checkpoints" / pointer).exists():
+                assert checkpoint.pointed(folder, pointer) is not None, f"{pointer} points at nothing"
+    run("train.pretrain", *config)
+    assert_equal_runs(whole, folder)
+    assert not list((folder / "checkpoints").glob(".*partial*")), "leftovers of interrupted saves"
+
+
+def stop_after_rows(workplace: Path, name: str, rows: int, how: signal.Signals, processes: int) -> None:
+    """Starts the pretraining run `name` and sends `how` to launcher and processes alike once it has logged so many rows."""
+    folder = workplace / "runs" / name
+    process = start("train.pretrain", workplace / "pretrain.yaml", f"name={name}", processes=processes)
+    deadline = time.monotonic() + 120
+    while len(read_rows(folder / "metrics.jsonl")) < rows and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, how)
+    process.communicate(timeout=90)
+    assert 0 < checkpoint.read_state(checkpoint.find_checkpoint(folder))["step"] < 20, "stopped too late to test anything"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_resume_bit_for_bit(workplace, how):
+    runs, name = workplace / "runs", f"two-{how.name}"
+    if not (runs / "two").exists():
+        run("train.pretrain", workplace / "pretrain.yaml", "name=two", processes=2)
+    stop_after_rows(workplace, name, 8, how, processes=2)
+    run("train.pretrain", workplace / "pretrain.yaml", f"name={name}", processes=2)
+    assert_equal_runs(runs / "two", runs / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_to_float_tolerance(workplace, whole, first, then):
+    name = f"from-{first}-to-{then}"
+    stop_after_rows(workplace, name, 8, signal.SIGTERM, processes=first)
+    run("train.pretrain", workplace / "pretrain.yaml", f"name={name}", processes=then)
+    expected = metrics(whole)
+    for key, row in metrics(workplace / "runs" / name).items():
+        assert row["loss"] == pytest.approx(expected[key]["loss"], rel=1e-4), key
