@@ -163,12 +163,6 @@ class MoEForCausalLM(nn.Module):
         for gate in self.gates():
             gate.reduce_counts = reduce_counts
 
-    def record_routing(self, on: bool) -> None:
-        """Counts in evaluation too (training always counts); starts from zero."""
-        for gate in self.gates():
-            gate.record_in_eval = on
-            gate.reset_counts()
-
     def reset_counts(self) -> None:
         """Before an optimizer step's first micro-batch."""
         for gate in self.gates():
@@ -179,12 +173,6 @@ class MoEForCausalLM(nn.Module):
         and z-loss over micro-batches (raw), router entropy in nats over tokens, tokens."""
         gates = self.gates()
         return torch.stack([g.tokens_per_expert for g in gates]), torch.stack([g.loss_sums for g in gates])
-
-    def pop_load(self) -> dict[str, Tensor]:
-        """`tokens_per_expert` (L, E) int64 and `router_entropy` (L,), mean nats per token; starts again from zero."""
-        counts, sums = (tensor.clone() for tensor in self.routing_counts())
-        self.reset_counts()
-        return {"tokens_per_expert": counts.long(), "router_entropy": sums[:, 2] / sums[:, 3].clamp(min=1)}
 
     def update_router_bias(self, tokens_per_expert: Tensor, accepted: Tensor | None = None) -> None:
         """The auxiliary-loss-free step, from (L, E) counts of an optimizer step over all ranks."""

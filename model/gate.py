@@ -43,8 +43,7 @@ class MoEGate(nn.Module):
 
         # Set from outside: sums a count tensor over ranks (level `global`); None means one process.
         self.reduce_counts: Callable[[Tensor], Tensor] | None = None
-        self.record_in_eval = False
-        # Since the last reset (an optimizer step, or an evaluation): local counts, and the window of level `global`.
+        # Since the last reset, in training: local counts, and the window of level `global`.
         self.register_buffer("tokens_per_expert", torch.zeros(E), persistent=False)
         self.register_buffer("global_window", torch.zeros(E), persistent=False)
         self.register_buffer("loss_sums", torch.zeros(4), persistent=False)  # balance, z, entropy, tokens (see _record)
@@ -80,13 +79,9 @@ class MoEGate(nn.Module):
         """
         config = self.config
         zero = routing.scores.new_zeros(())
-        if not self.training and not self.record_in_eval:
+        if not self.training:
             return zero
         counts = balance.count_tokens(routing.topk_idx, config.n_routed_experts, token_mask)  # (B, E)
-        if not self.training:
-            self._record(routing, counts, token_mask, zero, zero)
-            return zero
-
         window = None
         if config.aux_loss_level == "global":
             here = counts.sum(0)
@@ -112,7 +107,7 @@ class MoEGate(nn.Module):
         self.loss_sums += torch.stack((raw_balance.float(), raw_z.float(), entropy.sum().float(), tokens))
 
     def reset_counts(self) -> None:
-        """Starts a new window: before an optimizer step's first micro-batch, or before an evaluation."""
+        """Starts a new window: before an optimizer step's first micro-batch."""
         self.tokens_per_expert.zero_()
         self.global_window.zero_()
         self.loss_sums.zero_()

@@ -93,6 +93,8 @@ def train(config: RunConfig) -> int:
 
     reporter = Reporter(config, folder.path, plan.steps, progress.step, world.is_main)
     reporter.say(describe.start_text(config, plan, world, model, precision, compiled, prepared, rows, progress.step))
+    if newest is not None and state["ranks"] != world.size:
+        reporter.say(f"saved by {state['ranks']} process(es), resumed by {world.size}: equal to float tolerance, not bit for bit")
     model.train()
     readings, clock = LateReading(), Clock(world.device, progress.train_seconds, progress.tokens)
     started_at, stopping, saved_step = progress.step, False, progress.step if newest is not None else None

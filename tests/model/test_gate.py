@@ -128,24 +128,6 @@ def test_evaluation_neither_counts_nor_adds_a_loss(make_gate):
     assert torch.equal(gate.tokens_per_expert, before)
 
 
-def test_recording_counts_in_evaluation_without_a_loss_or_a_collective(make_gate):
-    gate = make_gate(aux_loss_level="global").eval()
-    gate.record_in_eval = True
-
-    def reduce_counts(counts):
-        raise AssertionError("an evaluation must not wait for other ranks")
-
-    gate.reduce_counts = reduce_counts
-    real = torch.ones(2, 20, dtype=torch.bool)
-    real[1, 5:] = False
-    topk_idx, _, aux_loss = gate(torch.randn(2, 20, D), real)
-    expected = torch.bincount(topk_idx[real.flatten()].flatten(), minlength=E)
-    assert aux_loss == 0
-    assert torch.equal(gate.tokens_per_expert.long(), expected)
-    assert gate.loss_sums[3] == 25, "tokens, padding left out"
-    assert not gate.global_window.any()
-
-
 def test_sums_and_counts_are_those_of_the_micro_batches(make_gate):
     gate = make_gate(router_z_loss_coef=0.5, aux_loss_alpha=0.25, aux_loss_level="batch")
     counts, entropies, weighted, tokens = torch.zeros(E), 0.0, 0.0, 0
