@@ -14,7 +14,9 @@ SOURCE_KINDS = ("embedded", "hub", "jsonl", "parquet", "text")
 @dataclass
 class TokenizerConfig:
     path: str = "cache/tokenizer"  # folder with tokenizer.json; `scripts.train_tokenizer` writes it if it is missing
-    train_bytes: int = field(default=50_000_000, metadata={"min": 1})  # UTF-8 bytes of text the BPE learns from, at most
+    train_bytes: int = field(
+        default=50_000_000, metadata={"min": 1}
+    )  # UTF-8 bytes of text the BPE learns from, at most
 
 
 @dataclass
@@ -31,7 +33,9 @@ class SourceConfig:
     split_key: str | None = None  # column whose value decides train or held-out; null: the text itself
     weight: float = field(default=1.0, metadata={"min": 0.0, "exclusive": True})  # repetitions per epoch
     max_documents: int | None = field(default=None, metadata={"min": 1})  # stop reading after so many
-    held_out_fraction: float | None = field(default=None, metadata={"min": 0.0, "max": 0.5})  # null: data.held_out_fraction
+    held_out_fraction: float | None = field(
+        default=None, metadata={"min": 0.0, "max": 0.5}
+    )  # null: data.held_out_fraction
 
     def __post_init__(self) -> None:
         if self.kind == "embedded" and not self.corpus:
@@ -44,10 +48,16 @@ class SourceConfig:
 class DataConfig:
     format: str = field(default="text", metadata={"choices": ("text", "chat")})  # documents, or conversations
     cache_dir: str = "cache/data"  # prepared shards live here
-    context_length: int | None = field(default=None, metadata={"min": 2})  # tokens of a row; null: model.max_position_embeddings
+    context_length: int | None = field(
+        default=None, metadata={"min": 2}
+    )  # tokens of a row; null: model.max_position_embeddings
     document_mask: bool = False  # true: attention stays inside a document, positions restart (format chat: always)
-    held_out_fraction: float = field(default=0.005, metadata={"min": 0.0, "max": 0.5})  # of documents, by hash of split_key
-    held_out_max_tokens: int | None = field(default=None, metadata={"min": 1})  # per source; the rest of the held-out documents is left out
+    held_out_fraction: float = field(
+        default=0.005, metadata={"min": 0.0, "max": 0.5}
+    )  # of documents, by hash of split_key
+    held_out_max_tokens: int | None = field(
+        default=None, metadata={"min": 1}
+    )  # per source; the rest of the held-out documents is left out
     sources: list[SourceConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:

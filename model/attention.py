@@ -16,7 +16,9 @@ class KVCache:
     `length` positions are filled in every row; rows of a ragged batch are padded on the left.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -99,7 +101,11 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         dtype = attention_dtype(x.device, v.dtype)
-        q, k, v = rotate(q, cos, sin).to(dtype).transpose(1, 2), rotate(k, cos, sin).to(dtype).transpose(1, 2), v.to(dtype)
+        q, k, v = (
+            rotate(q, cos, sin).to(dtype).transpose(1, 2),
+            rotate(k, cos, sin).to(dtype).transpose(1, 2),
+            v.to(dtype),
+        )
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:

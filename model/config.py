@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 
-ROPE_SCALING_KEYS = ("rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+ROPE_SCALING_KEYS = (
+    "rope_type",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+)
 
 
 def _is_number(value: object) -> bool:
@@ -22,8 +29,12 @@ class ModelConfig:
 
     vocab_size: int = field(default=6400, metadata=_at_least(8))
     hidden_size: int = field(default=512, metadata=_at_least(1))
-    intermediate_size: int | None = field(default=None, metadata=_at_least(1))  # dense FFN; null: 8/3 hidden_size rounded up to 64
-    moe_intermediate_size: int | None = field(default=None, metadata=_at_least(1))  # one expert; null: intermediate_size
+    intermediate_size: int | None = field(
+        default=None, metadata=_at_least(1)
+    )  # dense FFN; null: 8/3 hidden_size rounded up to 64
+    moe_intermediate_size: int | None = field(
+        default=None, metadata=_at_least(1)
+    )  # one expert; null: intermediate_size
     num_hidden_layers: int = field(default=8, metadata=_at_least(1))
     num_attention_heads: int = field(default=8, metadata=_at_least(1))
     num_key_value_heads: int | None = field(default=None, metadata=_at_least(1))  # null: num_attention_heads
@@ -37,7 +48,9 @@ class ModelConfig:
     use_qk_norm: bool = False  # RMSNorm of each query and key head
     attention_bias: bool = False  # biases on the q, k, v and o projections
     tie_word_embeddings: bool = True  # the head shares the embedding's matrix
-    dropout: float = field(default=0.0, metadata={"min": 0.0, "max": 0.99})  # on embeddings, attention weights and both residual branches
+    dropout: float = field(
+        default=0.0, metadata={"min": 0.0, "max": 0.99}
+    )  # on embeddings, attention weights and both residual branches
     initializer_range: float = field(default=0.02, metadata={"min": 0.0, "exclusive": True})
 
     n_routed_experts: int = field(default=4, metadata=_at_least(0))  # 0: a dense model
@@ -51,8 +64,12 @@ class ModelConfig:
     aux_loss_level: str = field(default="sequence", metadata={"choices": ("none", "sequence", "batch", "global")})
     aux_loss_alpha: float = field(default=0.01, metadata=_at_least(0.0))  # weight of the balance loss
     router_z_loss_coef: float = field(default=0.0, metadata=_at_least(0.0))
-    router_bias_update_rate: float = field(default=0.0, metadata=_at_least(0.0))  # auxiliary-loss-free balance; 0: no bias
-    router_jitter_noise: float = field(default=0.0, metadata={"min": 0.0, "max": 0.99})  # training: input times U(1-j, 1+j)
+    router_bias_update_rate: float = field(
+        default=0.0, metadata=_at_least(0.0)
+    )  # auxiliary-loss-free balance; 0: no bias
+    router_jitter_noise: float = field(
+        default=0.0, metadata={"min": 0.0, "max": 0.99}
+    )  # training: input times U(1-j, 1+j)
     expert_backend: str = field(default="auto", metadata={"choices": ("auto", "loop", "grouped")})
 
     def __post_init__(self) -> None:
@@ -83,7 +100,9 @@ class ModelConfig:
             if "choices" in bounds and value not in bounds["choices"]:
                 raise ValueError(f"{f.name}: {value!r} is none of {', '.join(bounds['choices'])}")
             if low is not None and (value < low or (bounds.get("exclusive") and value == low)):
-                raise ValueError(f"{f.name}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {low:g}")
+                raise ValueError(
+                    f"{f.name}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {low:g}"
+                )
             if high is not None and value > high:
                 raise ValueError(f"{f.name}: {value!r} must be at most {high:g}")
 
@@ -101,7 +120,9 @@ class ModelConfig:
             if key not in ROPE_SCALING_KEYS:
                 raise ValueError(f"rope_scaling: unknown key {key!r}; valid keys: {', '.join(ROPE_SCALING_KEYS)}")
         if self.rope_scaling.get("rope_type") != "yarn":
-            raise ValueError(f"rope_scaling: rope_type {self.rope_scaling.get('rope_type')!r} must be yarn, or rope_scaling null")
+            raise ValueError(
+                f"rope_scaling: rope_type {self.rope_scaling.get('rope_type')!r} must be yarn, or rope_scaling null"
+            )
         for key in ("factor", "original_max_position_embeddings"):
             value = self.rope_scaling.get(key)
             if not _is_number(value) or value < 1:
@@ -132,9 +153,7 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has routed experts."""
-        return (
-            self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer not in self.mlp_only_layers
-        )
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer not in self.mlp_only_layers
 
     @property
     def moe_layers(self) -> list[int]:

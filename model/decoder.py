@@ -45,7 +45,9 @@ class DecoderLayer(nn.Module):
         self.mlp = (
             MoEFeedForward(config)
             if self.is_moe
-            else FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act, config.gated_ffn, std, out_std)
+            else FeedForward(
+                config.hidden_size, config.intermediate_size, config.hidden_act, config.gated_ffn, std, out_std
+            )
         )
         self.dropout = config.dropout
 

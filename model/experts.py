@@ -22,7 +22,9 @@ FEW_ASSIGNMENTS = 16  # up to so many (token, expert) pairs, gathering the exper
 class Permutation(NamedTuple):
     """Assignments (token, choice) sorted by expert; M = N*k assignments in M' >= M places, some of them padding."""
 
-    order: Tensor  # (M',) int64: the flat assignment (token * k + choice) at each sorted place, M where there is padding
+    order: (
+        Tensor  # (M',) int64: the flat assignment (token * k + choice) at each sorted place, M where there is padding
+    )
     inverse: Tensor  # (M,) int64: inverse[a] is the sorted place of flat assignment a
     ends: Tensor  # (E,) int32: where each expert's segment ends, its padding included
 
@@ -123,7 +125,15 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, n_experts: int, hidden_size: int, width: int, hidden_act: str, gated: bool, backend: str, init_std: float, out_std: float
+        self,
+        n_experts: int,
+        hidden_size: int,
+        width: int,
+        hidden_act: str,
+        gated: bool,
+        backend: str,
+        init_std: float,
+        out_std: float,
     ) -> None:
         super().__init__()
         self.n_experts, self.gated, self.backend = n_experts, gated, backend

@@ -11,7 +11,9 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 class FeedForward(nn.Module):
     """(..., D) -> (..., D): down(act(gate x) * up x), or down(act(up x)) with `gated` False."""
 
-    def __init__(self, hidden_size: int, width: int, hidden_act: str, gated: bool, init_std: float, out_std: float) -> None:
+    def __init__(
+        self, hidden_size: int, width: int, hidden_act: str, gated: bool, init_std: float, out_std: float
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, width, bias=False) if gated else None
         self.up_proj = nn.Linear(hidden_size, width, bias=False)

@@ -98,7 +98,9 @@ class MoEGate(nn.Module):
         return config.aux_loss_alpha * raw_balance + config.router_z_loss_coef * raw_z
 
     @torch.no_grad()
-    def _record(self, routing: Routing, counts: Tensor, token_mask: Tensor | None, raw_balance: Tensor, raw_z: Tensor) -> None:
+    def _record(
+        self, routing: Routing, counts: Tensor, token_mask: Tensor | None, raw_balance: Tensor, raw_z: Tensor
+    ) -> None:
         entropy = balance.router_entropy(routing.scores)  # (B, T)
         if token_mask is not None:
             entropy = entropy * token_mask

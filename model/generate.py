@@ -136,7 +136,9 @@ def _check(
     limit = model.config.max_position_embeddings
     for prompt in prompts:
         if not 0 < len(prompt) < limit:
-            raise ValueError(f"prompt: {len(prompt)} tokens; it must have at least one and leave room in the context of {limit}")
+            raise ValueError(
+                f"prompt: {len(prompt)} tokens; it must have at least one and leave room in the context of {limit}"
+            )
     for name, value, low in (
         ("max_new_tokens", max_new_tokens, 1),
         ("temperature", temperature, 0),

@@ -113,13 +113,17 @@ def line(*roles: str) -> bytes:
     return json.dumps({"messages": [{"role": role, "content": "words"} for role in roles]}).encode() + b"\n"
 
 
-GOOD_LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in list(pydoc_data.topics.topics.values())[:5])
+GOOD_LINES = b"".join(
+    json.dumps({"text": text}).encode() + b"\n" for text in list(pydoc_data.topics.topics.values())[:5]
+)
 
 
 # Keys
 
 
-@pytest.mark.parametrize("module", [pretrain, sft, train_tokenizer, prepare_data, inspect_model], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [pretrain, sft, train_tokenizer, prepare_data, inspect_model], ids=lambda module: module.__name__
+)
 def test_an_unknown_key_comes_with_the_nearest_valid_one(mistake, workplace, tmp_path, module):  # noqa: F811
     (tmp_path / "run.yaml").write_text(f"base: {workplace}/pretrain.yaml\ntrain: {{learning_rat: 1}}")
     assert mistake(module, tmp_path / "run.yaml") == (
@@ -140,9 +144,18 @@ def test_in_a_shell_too(workplace, tmp_path):  # noqa: F811
         ("seed: 1\nseed: 2", "run.yaml, line 2: not readable as YAML: key 'seed' is given twice"),
         ("train: {steps: many}", "run.yaml: train.steps: 'many' must be a whole number"),
         ("train: {steps: 1, learning_rate: -1.0}", "run.yaml: train.learning_rate: -1.0 must be more than 0"),
-        ("train: {steps: 1, schedule: cosin}", "run.yaml: train.schedule: 'cosin' is none of cosine, linear, wsd, constant"),
-        ("model: {hidden_size: 48, num_attention_heads: 5}", "num_attention_heads: 5 does not divide hidden_size: 48; change one"),
-        ("model: {num_key_value_heads: 3}", "num_key_value_heads: 3 does not divide num_attention_heads: 8; use a divisor"),
+        (
+            "train: {steps: 1, schedule: cosin}",
+            "run.yaml: train.schedule: 'cosin' is none of cosine, linear, wsd, constant",
+        ),
+        (
+            "model: {hidden_size: 48, num_attention_heads: 5}",
+            "num_attention_heads: 5 does not divide hidden_size: 48; change one",
+        ),
+        (
+            "model: {num_key_value_heads: 3}",
+            "num_key_value_heads: 3 does not divide num_attention_heads: 8; use a divisor",
+        ),
         ("model: {num_experts_per_tok: 5}", "num_experts_per_tok: 5 is more than n_routed_experts: 4"),
     ],
     ids=["duplicate", "mistyped", "out-of-range", "no-such-choice", "heads", "key-value-heads", "top-k"],
@@ -157,13 +170,17 @@ def test_a_batch_that_does_not_divide(mistake, workplace, text_config):  # noqa:
     sentence = mistake(pretrain, config, "train.tokens_per_step=100")
     assert sentence == "train.tokens_per_step: 100 is no multiple of the context length 32; use 96"
     sentence = mistake(pretrain, config, "train.micro_batch_size=3")
-    assert sentence.startswith("train.micro_batch_size: 3 does not divide the 8 rows") and sentence.endswith("use a divisor of 8")
+    assert sentence.startswith("train.micro_batch_size: 3 does not divide the 8 rows") and sentence.endswith(
+        "use a divisor of 8"
+    )
 
 
 def test_the_wrong_command_for_a_config(mistake, workplace):  # noqa: F811
     assert "data.format: 'chat' is for python -m train.sft" in mistake(pretrain, workplace / "sft.yaml")
     assert "data.format: 'text' is for python -m train.pretrain" in mistake(sft, workplace / "pretrain.yaml")
-    assert "train.init_from is missing; name the pretrained run" in mistake(sft, workplace / "sft.yaml", "train.init_from=null")
+    assert "train.init_from is missing; name the pretrained run" in mistake(
+        sft, workplace / "sft.yaml", "train.init_from=null"
+    )
 
 
 # Files
@@ -175,14 +192,23 @@ def test_a_missing_file(mistake, text_config, workplace, tmp_path):  # noqa: F81
     config = text_config(path=f"{absent}.jsonl")
     for module in (prepare_data, pretrain, train_tokenizer):
         settings = [f"tokenizer.path={tmp_path}/tokenizer"] if module is train_tokenizer else []
-        assert mistake(module, config, *settings) == f"source 'mine': path: '{absent}.jsonl' does not exist; give the path of a file or a glob"
+        assert (
+            mistake(module, config, *settings)
+            == f"source 'mine': path: '{absent}.jsonl' does not exist; give the path of a file or a glob"
+        )
     config = text_config(path=f"{absent}/*.jsonl")
     assert f"source 'mine': path: '{absent}/*.jsonl' matches no file" in mistake(prepare_data, config)
     config = text_config(path=str(workplace / "text.jsonl"))
     sentence = mistake(pretrain, config, f"tokenizer.path={absent}")
-    assert f"tokenizer.path: cannot read {absent}/tokenizer.json" in sentence and "python -m scripts.train_tokenizer" in sentence
+    assert (
+        f"tokenizer.path: cannot read {absent}/tokenizer.json" in sentence
+        and "python -m scripts.train_tokenizer" in sentence
+    )
     for module in (evaluate, chat):
-        assert mistake(module, absent) == f"{absent}: is not there; give a run folder such as runs/NAME, or a checkpoint in it"
+        assert (
+            mistake(module, absent)
+            == f"{absent}: is not there; give a run folder such as runs/NAME, or a checkpoint in it"
+        )
 
 
 @pytest.fixture
@@ -209,7 +235,9 @@ def test_an_unreadable_config(command, tmp_path, unreadable):
     unreadable(path)
     code, _, err = command(pretrain, path)
     assert code == cli.USER_ERROR
-    assert the_sentence(err) == f"{path}: cannot read this config file (Permission denied); give the path of a YAML file"
+    assert (
+        the_sentence(err) == f"{path}: cannot read this config file (Permission denied); give the path of a YAML file"
+    )
 
 
 def test_an_unreadable_source(command, text_config, tmp_path, unreadable):
@@ -224,33 +252,50 @@ def test_an_unreadable_source(command, text_config, tmp_path, unreadable):
 
 def test_a_broken_jsonl_line(data_mistake, tmp_path):
     sentence = data_mistake(GOOD_LINES + b'{"text": "cut of\n' + GOOD_LINES)
-    assert sentence.startswith(f"{tmp_path}/data.jsonl:6: not readable as JSON") and sentence.endswith("mend or remove this line")
+    assert sentence.startswith(f"{tmp_path}/data.jsonl:6: not readable as JSON") and sentence.endswith(
+        "mend or remove this line"
+    )
 
 
 def test_a_text_that_is_not_utf8(data_mistake, mistake, text_config, tmp_path):
-    assert data_mistake(GOOD_LINES + b'{"text": "caf\xe9"}\n').startswith(f"{tmp_path}/data.jsonl:6: not UTF-8 text (byte ")
+    assert data_mistake(GOOD_LINES + b'{"text": "caf\xe9"}\n').startswith(
+        f"{tmp_path}/data.jsonl:6: not UTF-8 text (byte "
+    )
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     sentence = mistake(prepare_data, text_config(kind="text", path=str(tmp_path / "latin.txt")))
     assert sentence == f"{tmp_path}/latin.txt: not UTF-8 text (byte 4 is 0xe9); save it as UTF-8"
 
 
 def test_an_empty_source(data_mistake, mistake, text_config, tmp_path):
-    assert data_mistake(b"") == f"source 'mine': '{tmp_path}/data.jsonl' is empty; give it some text or remove the source"
+    assert (
+        data_mistake(b"") == f"source 'mine': '{tmp_path}/data.jsonl' is empty; give it some text or remove the source"
+    )
     assert data_mistake(b"\n \n").endswith("is empty; give it some text or remove the source")
-    assert "nothing to train on: 0 documents are held out and 1 skipped (1 empty text)" in data_mistake(b'{"text": ""}\n')
+    assert "nothing to train on: 0 documents are held out and 1 skipped (1 empty text)" in data_mistake(
+        b'{"text": ""}\n'
+    )
     config = text_config(path=str(tmp_path / "data.jsonl"))
     assert mistake(prepare_data, config, "data.sources=[]") == "data.sources: there is no source; name at least one"
 
 
 def test_a_conversation_without_an_assistant_turn(data_mistake, tmp_path):
     sentence = data_mistake(line("user", "assistant") + line("system", "user"), chat=True)
-    assert sentence == f"{tmp_path}/data.jsonl:2: the conversation has no assistant turn (system, user): nothing to learn from it"
+    assert (
+        sentence
+        == f"{tmp_path}/data.jsonl:2: the conversation has no assistant turn (system, user): nothing to learn from it"
+    )
 
 
 def test_roles_out_of_order(data_mistake, tmp_path):
-    for roles, turn in ((("assistant", "user"), "turn 1 is 'assistant' where 'user' belongs"), (("user", "user", "assistant"), "turn 2 is 'user'")):
+    for roles, turn in (
+        (("assistant", "user"), "turn 1 is 'assistant' where 'user' belongs"),
+        (("user", "user", "assistant"), "turn 2 is 'user'"),
+    ):
         sentence = data_mistake(line("user", "assistant") + line(*roles), chat=True)
-        assert sentence.startswith(f"{tmp_path}/data.jsonl:2: roles out of order: {turn}") and "user and assistant take turns" in sentence
+        assert (
+            sentence.startswith(f"{tmp_path}/data.jsonl:2: roles out of order: {turn}")
+            and "user and assistant take turns" in sentence
+        )
 
 
 # Things made with other things
@@ -283,7 +328,10 @@ def test_a_checkpoint_of_another_shape(mistake, trained, workplace, tmp_path):  
     _, run_dir = trained
     settings = (f"train.init_from={run_dir}", f"data.cache_dir={tmp_path}/cache", f"runs_dir={tmp_path}/runs")
     sentence = mistake(sft, workplace / "sft.yaml", *settings, "model.hidden_size=48")
-    assert sentence == f"model.hidden_size: 48 here, but {run_dir}/checkpoints/step-00000002 was trained with 32; use its value"
+    assert (
+        sentence
+        == f"model.hidden_size: 48 here, but {run_dir}/checkpoints/step-00000002 was trained with 32; use its value"
+    )
     config = checkpoint.find_checkpoint(run_dir) / "config.yaml"
     config.write_text(config.read_text().replace("moe_intermediate_size: 32", "moe_intermediate_size: 40"))
     for module in (evaluate, chat):
@@ -338,18 +386,31 @@ def test_a_mistake_in_the_data_under_torchrun(text_config, tmp_path):
 
 
 def hub_error(tmp_path: Path, config: Path, code: str) -> str:
-    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HOME": str(tmp_path / "hub")}
+    unreachable = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        "HF_HOME": str(tmp_path / "hub"),
+    }
     before = tree(tmp_path)
     result = subprocess.run(
-        [sys.executable, "-c", code, str(config)], cwd=ROOT, env={**environment(), **unreachable}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(config)],
+        cwd=ROOT,
+        env={**environment(), **unreachable},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == cli.USER_ERROR and "Traceback" not in result.stderr, result.stderr
     assert {path for path in tree(tmp_path) if "/hub/" not in path} == set(before)
     return result.stderr.splitlines()[-1]  # above it the hub's library tells of its retries
 
 
-RUN_IT = "import runpy, sys; sys.argv[0] = 'prepare_data'; runpy.run_module('scripts.prepare_data', run_name='__main__')"
-HUB_SENTENCE = "error: source 'mine': the hub set 'roneneldan/TinyStories' (subset None, split train) could not be read: "
+RUN_IT = (
+    "import runpy, sys; sys.argv[0] = 'prepare_data'; runpy.run_module('scripts.prepare_data', run_name='__main__')"
+)
+HUB_SENTENCE = (
+    "error: source 'mine': the hub set 'roneneldan/TinyStories' (subset None, split train) could not be read: "
+)
 
 
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -374,7 +435,9 @@ def disk(tmp_path):
     def mount(kib: int) -> Path:
         folder = tmp_path / "disk"
         folder.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True
+        ).returncode:
             pytest.skip("mounting a small file system is not permitted here")
         mounted.append(folder)
         return folder
@@ -392,7 +455,10 @@ def test_a_disk_that_fills_while_preparing(mistake, command, text_config, workpl
     folder = disk(48)
     config = text_config(path=str(workplace / "text.jsonl"))
     sentence = mistake(prepare_data, config, f"data.cache_dir={folder}")
-    assert sentence == f"data.cache_dir: the disk of {folder}/prepared is full; free some space or set data.cache_dir elsewhere"
+    assert (
+        sentence
+        == f"data.cache_dir: the disk of {folder}/prepared is full; free some space or set data.cache_dir elsewhere"
+    )
     assert [path.name for path in (folder / "prepared").iterdir()] == [".lock"]
     grow(folder)
     assert command(prepare_data, config, f"data.cache_dir={folder}")[0] == 0
@@ -402,8 +468,12 @@ def test_a_disk_that_fills_while_the_tokenizer_is_written(command, text_config, 
     folder = disk(8)
     arguments = (text_config(path=str(workplace / "text.jsonl")), f"tokenizer.path={folder}/tokenizer")
     code, _, err = command(train_tokenizer, *arguments)
-    assert code == cli.USER_ERROR and the_sentence(err).endswith("the disk is full; free some space and repeat the command")
-    assert [path.name for path in (folder / "tokenizer").iterdir()] == ["tokenizer_config.json"], "tokenizer.json makes it complete"
+    assert code == cli.USER_ERROR and the_sentence(err).endswith(
+        "the disk is full; free some space and repeat the command"
+    )
+    assert [path.name for path in (folder / "tokenizer").iterdir()] == ["tokenizer_config.json"], (
+        "tokenizer.json makes it complete"
+    )
     grow(folder)
     assert command(train_tokenizer, *arguments)[0] == 0 and Tokenizer.load(folder / "tokenizer").vocab_size == 384
 
@@ -418,7 +488,9 @@ def test_a_disk_that_fills_at_a_checkpoint(command, text_config, workplace, disk
     sentence = the_sentence(err)
     kept = checkpoint.complete_checkpoints(folder / "pre")
     failed = checkpoint.checkpoint_name(len(kept) + 1)
-    assert 1 <= len(kept) < 6 and sentence.startswith(f"{folder}/pre/checkpoints/{failed}: cannot write this checkpoint")
+    assert 1 <= len(kept) < 6 and sentence.startswith(
+        f"{folder}/pre/checkpoints/{failed}: cannot write this checkpoint"
+    )
     assert "free some disk space and repeat the command" in sentence
     names = {path.name for path in (folder / "pre/checkpoints").iterdir()}
     assert names == {"latest", *(path.name for path in kept)}

@@ -85,7 +85,9 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        path for path in folder.iterdir() if _NAME.fullmatch(path.name) and all((path / name).is_file() for name in FILES)
+        path
+        for path in folder.iterdir()
+        if _NAME.fullmatch(path.name) and all((path / name).is_file() for name in FILES)
     )
 
 
@@ -156,7 +158,9 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
                 f"{path}: {name} is {_shape(there)} there, but this config's model has {_shape(here)}; "
                 "give the model section the values the checkpoint was made with"
             )
-    model.load_state_dict(tensors, strict=False)  # tied head and derived buffers are not stored; names were checked above
+    model.load_state_dict(
+        tensors, strict=False
+    )  # tied head and derived buffers are not stored; names were checked above
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Path) -> None:

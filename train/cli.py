@@ -33,7 +33,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.stderr.write(f"error: {_sentence(error)}\n")  # one write: two ranks' lines must not run into each other
         sys.exit(USER_ERROR)
     sys.exit(code)
 

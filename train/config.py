@@ -34,26 +34,42 @@ class TrainConfig:
     init_from: str | None = None  # a run folder or a checkpoint whose weights training starts from (fine-tuning)
     steps: int | None = field(default=None, metadata=AT_LEAST_ONE)  # optimizer steps; or give epochs
     epochs: float | None = field(default=None, metadata=POSITIVE)  # passes over the weighted sources; or give steps
-    tokens_per_step: int = field(default=16384, metadata=AT_LEAST_ONE)  # global: rows x context_length over all ranks and micro-batches
+    tokens_per_step: int = field(
+        default=16384, metadata=AT_LEAST_ONE
+    )  # global: rows x context_length over all ranks and micro-batches
     micro_batch_size: int = field(default=16, metadata=AT_LEAST_ONE)  # rows of one forward pass on one rank
     learning_rate: float = field(default=1e-3, metadata=POSITIVE)  # peak
     min_learning_rate: float = field(default=0.1, metadata=FRACTION)  # at the end, as a fraction of the peak
     schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear", "wsd", "constant")})
     warmup_steps: int = field(default=0, metadata=NOT_NEGATIVE)  # linear from 0 to the peak
-    decay_fraction: float = field(default=0.2, metadata=FRACTION)  # schedule wsd: the last part of the steps, falling linearly
+    decay_fraction: float = field(
+        default=0.2, metadata=FRACTION
+    )  # schedule wsd: the last part of the steps, falling linearly
     beta1: float = field(default=0.9, metadata={"min": 0.0, "max": 0.9999})
     beta2: float = field(default=0.95, metadata={"min": 0.0, "max": 0.99999})
     adam_eps: float = field(default=1e-8, metadata=POSITIVE)
     weight_decay: float = field(default=0.1, metadata=NOT_NEGATIVE)  # on matrices; never on norms, biases and router
     router_lr_multiplier: float = field(default=1.0, metadata=POSITIVE)  # router's learning rate, relative
-    grad_clip: float = field(default=1.0, metadata=NOT_NEGATIVE)  # largest gradient norm; 0: no clipping (the norm is still logged)
-    spike_factor: float = field(default=0.0, metadata=NOT_NEGATIVE)  # skip a step whose gradient norm exceeds factor x its running mean; 0: only non-finite steps
+    grad_clip: float = field(
+        default=1.0, metadata=NOT_NEGATIVE
+    )  # largest gradient norm; 0: no clipping (the norm is still logged)
+    spike_factor: float = field(
+        default=0.0, metadata=NOT_NEGATIVE
+    )  # skip a step whose gradient norm exceeds factor x its running mean; 0: only non-finite steps
     max_bad_steps: int = field(default=10, metadata=AT_LEAST_ONE)  # so many skipped steps in a row end the run
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
-    threads: int | None = field(default=None, metadata=AT_LEAST_ONE)  # CPU threads of a process; null: cores / processes on this machine
-    precision: str = field(default="auto", metadata={"choices": ("auto", "float32", "bfloat16")})  # autocast; weights stay float32
-    compile: str = field(default="auto", metadata={"choices": ("auto", "on", "off")})  # torch.compile of each decoder layer; auto: on CUDA with bfloat16
-    activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
+    threads: int | None = field(
+        default=None, metadata=AT_LEAST_ONE
+    )  # CPU threads of a process; null: cores / processes on this machine
+    precision: str = field(
+        default="auto", metadata={"choices": ("auto", "float32", "bfloat16")}
+    )  # autocast; weights stay float32
+    compile: str = field(
+        default="auto", metadata={"choices": ("auto", "on", "off")}
+    )  # torch.compile of each decoder layer; auto: on CUDA with bfloat16
+    activation_checkpointing: bool = (
+        False  # recompute each layer in the backward pass: less memory, about a third more time
+    )
     deterministic: bool = False  # CUDA: repeatable kernels, slower (the CPU is repeatable as it is)
     checkpoint_every: int = field(default=500, metadata=NOT_NEGATIVE)  # steps; 0: only at the end
     keep_checkpoints: int = field(default=2, metadata=AT_LEAST_ONE)  # the newest so many, beside the best
@@ -67,9 +83,13 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     every: int = field(default=250, metadata=NOT_NEGATIVE)  # steps between held-out losses; 0: only at the end
-    max_tokens: int | None = field(default=None, metadata=AT_LEAST_ONE)  # held-out tokens per source during training; null: all
+    max_tokens: int | None = field(
+        default=None, metadata=AT_LEAST_ONE
+    )  # held-out tokens per source during training; null: all
     batch_size: int = field(default=32, metadata=AT_LEAST_ONE)  # rows of one forward pass
-    prompts: list[str] = field(default_factory=list)  # text continued (pretraining) or user turns answered (SFT) at each evaluation
+    prompts: list[str] = field(
+        default_factory=list
+    )  # text continued (pretraining) or user turns answered (SFT) at each evaluation
     sample_tokens: int = field(default=64, metadata=AT_LEAST_ONE)  # tokens of each sample
     best_source: str | None = None  # the source whose held-out loss chooses `best`; null: the mean over all targets
 
@@ -166,7 +186,9 @@ _StrictLoader.add_implicit_resolver(
     re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
     list("-+0123456789."),
 )
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
+_StrictLoader.add_constructor(
+    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", ""))
+)
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
@@ -174,7 +196,8 @@ class _StrictDumper(yaml.SafeDumper):
     """SafeDumper that also quotes the texts which _StrictLoader would read as numbers, such as 3e-4."""
 
     yaml_implicit_resolvers = {
-        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _StrictLoader.yaml_implicit_resolvers.get(first, [])
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+        + _StrictLoader.yaml_implicit_resolvers.get(first, [])
         for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _StrictLoader.yaml_implicit_resolvers.keys()
     }
 
@@ -195,7 +218,9 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path}: cannot read this config file ({error.strerror}); give the path of a YAML file") from None
+        raise ValueError(
+            f"{path}: cannot read this config file ({error.strerror}); give the path of a YAML file"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: this config file is not UTF-8 text; save it as UTF-8") from None
     tree = _parse_yaml(text, str(path))
@@ -232,7 +257,9 @@ def _apply_override(tree: dict, override: str) -> None:
 def _build(cls: type, tree: object, where: str, key: str) -> typing.Any:
     """Fills dataclass `cls` from a mapping; `key` is the dotted path so far, for errors."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{where}: {key or 'the file'}: {tree!r} must be a section with keys, not {type(tree).__name__}")
+        raise ValueError(
+            f"{where}: {key or 'the file'}: {tree!r} must be a section with keys, not {type(tree).__name__}"
+        )
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in tree:
@@ -277,7 +304,14 @@ def _convert(value: object, hint: typing.Any, where: str, key: str) -> typing.An
     return value
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section", list: "a list"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a section",
+    list: "a list",
+}
 
 
 def _check_bounds(value: object, bounds: typing.Mapping, where: str, key: str) -> None:
@@ -287,7 +321,9 @@ def _check_bounds(value: object, bounds: typing.Mapping, where: str, key: str) -
         raise ValueError(f"{where}: {key}: {value!r} is none of {', '.join(bounds['choices'])}")
     low, high = bounds.get("min"), bounds.get("max")
     if low is not None and (value < low or (bounds.get("exclusive") and value <= low)):
-        raise ValueError(f"{where}: {key}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {_plain(low)}")
+        raise ValueError(
+            f"{where}: {key}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {_plain(low)}"
+        )
     if high is not None and value > high:
         raise ValueError(f"{where}: {key}: {value!r} must be at most {_plain(high)}")
 

@@ -81,8 +81,12 @@ def _attention_kernel(masked: bool) -> str:
 
 def _skipped(prepared: Prepared, rows: TrainRows) -> str:
     """What of the sources is in no row, and why: nothing is dropped silently."""
-    left_out = [(source["name"], source["skipped"]) for source in prepared.index["sources"]] + list(rows.skipped.items())
-    return "".join(f"; left out of {name}: {number} {reason}" for name, reasons in left_out for reason, number in reasons.items())
+    left_out = [(source["name"], source["skipped"]) for source in prepared.index["sources"]] + list(
+        rows.skipped.items()
+    )
+    return "".join(
+        f"; left out of {name}: {number} {reason}" for name, reasons in left_out for reason, number in reasons.items()
+    )
 
 
 def step_row(
@@ -116,7 +120,10 @@ def step_row(
         row["z_loss"] = routing_sums[:, 1].mean().item() / micro_batches
         row["routing"] = {
             "layers": [i for i, _ in model.moe_layers()],
-            "load": [[round(share, 5) for share in layer] for layer in (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist()],
+            "load": [
+                [round(share, 5) for share in layer]
+                for layer in (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist()
+            ],
             "max_vio": statistics["max_vio"].tolist(),
             "load_entropy": statistics["load_entropy"].tolist(),
             "router_entropy": (routing_sums[:, 2] / routing_sums[:, 3].clamp(min=1)).tolist(),
@@ -140,7 +147,10 @@ def step_text(row: dict, plan: Plan) -> str:
     if "routing" in row:
         routing = row["routing"]
         parts.insert(2, f"balance {row['balance_loss']:.3f} (+{row['aux_loss']:.4f})")
-        parts.append(f"busiest expert +{max(routing['max_vio']):.0%}" + (f", {sum(routing['dead'])} dead" if sum(routing["dead"]) else ""))
+        parts.append(
+            f"busiest expert +{max(routing['max_vio']):.0%}"
+            + (f", {sum(routing['dead'])} dead" if sum(routing["dead"]) else "")
+        )
     if left is not None:
         parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
     return "  ".join(parts)
@@ -148,7 +158,8 @@ def step_text(row: dict, plan: Plan) -> str:
 
 def held_out_text(row: dict) -> str:
     sources = "  ".join(
-        f"{name} {source['loss']:.4f} ({source['bits_per_byte']:.4f} bits/byte)" for name, source in row["sources"].items()
+        f"{name} {source['loss']:.4f} ({source['bits_per_byte']:.4f} bits/byte)"
+        for name, source in row["sources"].items()
     )
     return f"held-out at step {row['step']}: {sources}"
 

@@ -59,7 +59,9 @@ def start(config: TrainConfig) -> World:
                               (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = choose_device(config.device, local_rank)
-    threads = config.threads or max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // here)
+    threads = config.threads or max(
+        1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // here
+    )
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)

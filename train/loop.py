@@ -94,7 +94,9 @@ def train(config: RunConfig) -> int:
     reporter = Reporter(config, folder.path, plan.steps, progress.step, world.is_main)
     reporter.say(describe.start_text(config, plan, world, model, precision, compiled, prepared, rows, progress.step))
     if newest is not None and state["ranks"] != world.size:
-        reporter.say(f"saved by {state['ranks']} process(es), resumed by {world.size}: equal to float tolerance, not bit for bit")
+        reporter.say(
+            f"saved by {state['ranks']} process(es), resumed by {world.size}: equal to float tolerance, not bit for bit"
+        )
     model.train()
     readings, clock = LateReading(), Clock(world.device, progress.train_seconds, progress.tokens)
     started_at, stopping, saved_step = progress.step, False, progress.step if newest is not None else None
@@ -123,7 +125,9 @@ def train(config: RunConfig) -> int:
         reporter.log(row)
         reporter.say(describe.held_out_text(row))
         loss = loss_that_decides(row, config)
-        if math.isfinite(loss) and (progress.best_loss is None or loss <= progress.best_loss):  # equal: again after a resume
+        if math.isfinite(loss) and (
+            progress.best_loss is None or loss <= progress.best_loss
+        ):  # equal: again after a resume
             progress.best_loss, progress.best_step = loss, progress.step
             save()  # a best step is worth a checkpoint of its own
             if world.is_main:
@@ -144,7 +148,9 @@ def train(config: RunConfig) -> int:
 
         learning_rate = learning_rate_at(progress.step, plan.steps, config.train)
         set_learning_rate(optimizer, learning_rate)
-        sums = train_step(parallel, model, optimizer, guard, rows, plan, config, world, autocast, progress.step, signals)
+        sums = train_step(
+            parallel, model, optimizer, guard, rows, plan, config, world, autocast, progress.step, signals
+        )
         progress.step += 1
         progress.tokens += plan.tokens_per_step
 
@@ -208,7 +214,9 @@ def train_step(
     first_row = step * plan.rows_per_step
     batches = [rows.batch(first_row + g * plan.micro_batch_size, plan.micro_batch_size) for g in global_indices]
     here = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    targets, stop = world.sum(_without_waiting(torch.tensor([here, signals.received], dtype=torch.float32), world.device))
+    targets, stop = world.sum(
+        _without_waiting(torch.tensor([here, signals.received], dtype=torch.float32), world.device)
+    )
 
     optimizer.zero_grad(set_to_none=True)
     model.reset_counts()
@@ -219,7 +227,9 @@ def train_step(
         last = a == plan.accumulation - 1
         with contextlib.nullcontext() if last or world.size == 1 else parallel.no_sync():
             with autocast():
-                out = parallel(**{key: _without_waiting(value, world.device) for key, value in batch.items()}, return_logits=False)
+                out = parallel(
+                    **{key: _without_waiting(value, world.device) for key, value in batch.items()}, return_logits=False
+                )
             # DDP averages gradients over ranks: `world.size` turns the mean of the first term back into a sum.
             objective = out.loss * (out.n_targets * world.size / targets) + out.aux_loss / plan.accumulation
             objective.backward()
@@ -277,7 +287,9 @@ def _parallel(model: MoEForCausalLM, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters  # after torch 2.11
+    renamed = (
+        "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    )  # after torch 2.11
     keep_local = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **keep_local)
 
@@ -288,7 +300,13 @@ def _due(step: int, every: int) -> bool:
 
 
 def _watch_bad_steps(
-    bad_in_a_row: float, bad_total: float, step: int, progress: Progress, config: RunConfig, folder: RunFolder, reporter: Reporter
+    bad_in_a_row: float,
+    bad_total: float,
+    step: int,
+    progress: Progress,
+    config: RunConfig,
+    folder: RunFolder,
+    reporter: Reporter,
 ) -> None:
     """Says what was skipped up to `step`, and ends the run when there were too many in a row."""
     if bad_total > progress.bad_steps:

@@ -104,21 +104,27 @@ def _start_wandb(config: RunConfig, run_dir: Path, say) -> object:
     try:
         import wandb
     except ImportError:
-        raise ValueError(f"wandb.mode: {mode!r} needs wandb; run: pip install wandb, or set wandb.mode to disabled") from None
+        raise ValueError(
+            f"wandb.mode: {mode!r} needs wandb; run: pip install wandb, or set wandb.mode to disabled"
+        ) from None
 
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
         if mode == "online" and not wandb.login(prompt=False, verify=False):
-            say("wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it")
+            say(
+                "wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it"
+            )
             mode = "offline"
         run = wandb.init(
             project=config.wandb.project, group=config.wandb.group, name=config.name, id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow", mode=mode, dir=str(run_dir), config=to_dict(config),
         )  # fmt: skip
     except wandb.Error as error:
-        raise ValueError(f"wandb.mode: {mode!r}: wandb could not start ({error}); set wandb.mode to offline or disabled") from None
+        raise ValueError(
+            f"wandb.mode: {mode!r}: wandb could not start ({error}); set wandb.mode to offline or disabled"
+        ) from None
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # a resumed run goes back some steps; wandb's own counter may not
     return run

@@ -61,5 +61,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
             tensor, shape = tensors.get(f"{name}/{key}"), parameter.shape if key != "step" else torch.Size()
             if tensor is None or tensor.shape != shape:
                 found = "absent" if tensor is None else f"of shape {tuple(tensor.shape)}"
-                raise ValueError(f"optimizer state: {name}/{key} is {found}, wanted {tuple(shape)}; use another checkpoint")
+                raise ValueError(
+                    f"optimizer state: {name}/{key} is {found}, wanted {tuple(shape)}; use another checkpoint"
+                )
             optimizer.state[parameter][key] = tensor.to(parameter.device)

@@ -63,11 +63,18 @@ def check_settings(config: RunConfig, ranks: int, tokenizer: Tokenizer) -> None:
     rows_of_step(config, ranks)
     names = [source.name for source in config.data.sources]
     if config.eval.best_source not in (None, *names):
-        raise ValueError(f"eval.best_source: {config.eval.best_source!r} is no source of this config; use one of {', '.join(names)}")
+        raise ValueError(
+            f"eval.best_source: {config.eval.best_source!r} is no source of this config; use one of {', '.join(names)}"
+        )
     for i, prompt in enumerate(config.eval.prompts):
-        length, room = len(tokenizer.encode(prompt)), config.model.max_position_embeddings - 16  # the chat's own tokens, an answer
+        length, room = (
+            len(tokenizer.encode(prompt)),
+            config.model.max_position_embeddings - 16,
+        )  # the chat's own tokens, an answer
         if length > room:
-            raise ValueError(f"eval.prompts[{i}]: {length} tokens leave no room in a context of {room + 16}; shorten it")
+            raise ValueError(
+                f"eval.prompts[{i}]: {length} tokens leave no room in a context of {room + 16}; shorten it"
+            )
     if config.train.init_from is not None and not checkpoint.complete_checkpoints(config.run_dir):
         origin = checkpoint.find_checkpoint(config.train.init_from)
         checkpoint.check_same_shape(config.model, origin)

@@ -14,7 +14,8 @@ from train.config import load_config
 
 def main() -> int:
     parser = cli.parser(
-        "Pretrains a language model on documents.", "python -m train.pretrain configs/quickstart/pretrain.yaml train.steps=100"
+        "Pretrains a language model on documents.",
+        "python -m train.pretrain configs/quickstart/pretrain.yaml train.steps=100",
     )
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replaces a value of the config")

@@ -1,6 +1,6 @@
 """The run folder: it explains itself, moves between machines, and refuses to become another run by accident.
 
-    runs/NAME/config.yaml  tokenizer/  run.json  metrics.jsonl  samples.jsonl  log.txt  checkpoints/
+runs/NAME/config.yaml  tokenizer/  run.json  metrics.jsonl  samples.jsonl  log.txt  checkpoints/
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class RunFolder:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise ValueError(f"{path}: this file is not JSON any more; remove it (it only keeps dates and the machine)") from None
+            raise ValueError(
+                f"{path}: this file is not JSON any more; remove it (it only keeps dates and the machine)"
+            ) from None
 
     def _write_record(self, record: dict) -> None:
         _replace_text(self.path / "run.json", json.dumps(record, indent=1))

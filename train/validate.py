@@ -67,7 +67,9 @@ def held_out_row(
             held = held.subset(config.eval.max_tokens)
         if held.n_tokens == 0:
             continue
-        batches = (batch for i, batch in enumerate(held.batches(config.eval.batch_size)) if i % world.size == world.rank)
+        batches = (
+            batch for i, batch in enumerate(held.batches(config.eval.batch_size)) if i % world.size == world.rank
+        )
         with torch.compiler.set_stance("force_eager"):  # evaluation's many shapes are not worth compiling
             local = held_out_loss(model, batches, world.device, autocast)
         sums = world.sum(torch.tensor([local.nats, local.targets], dtype=torch.float64, device=world.device)).tolist()
@@ -102,11 +104,15 @@ def loss_that_decides(row: dict, config: RunConfig) -> float:
     return row["sources"][source]["loss"]
 
 
-def samples(model: MoEForCausalLM, tokenizer: Tokenizer, config: RunConfig, autocast: Autocast) -> list[tuple[str, str]]:
+def samples(
+    model: MoEForCausalLM, tokenizer: Tokenizer, config: RunConfig, autocast: Autocast
+) -> list[tuple[str, str]]:
     """(prompt, what the model says) for the config's prompts: text continued, or in fine-tuning a user's turn answered."""
     chat = config.data.format == "chat"
     prompts = [
-        encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        if chat
+        else [tokenizer.bos_id, *tokenizer.encode(prompt)]
         for prompt in config.eval.prompts
     ]
     model.eval()

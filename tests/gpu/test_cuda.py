@@ -51,7 +51,9 @@ def test_loss_and_gradients_are_the_cpus(backend, masked):
         out = model(**{key: value.to(device) for key, value in batch(masked).items()}, return_logits=False)
         (out.loss + out.aux_loss).backward()
     for (name, ours), theirs in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
-        torch.testing.assert_close(theirs.grad.cpu(), ours.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            theirs.grad.cpu(), ours.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_masked_grouped_query_batch_does_not_store_all_scores():
@@ -104,7 +106,9 @@ def test_compiled_layers_give_the_same_loss():
             for layer in eager.layers:
                 layer.compile(dynamic=False)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            losses.append(eager(**{key: value.cuda() for key, value in batch(False).items()}, return_logits=False).loss.item())
+            losses.append(
+                eager(**{key: value.cuda() for key, value in batch(False).items()}, return_logits=False).loss.item()
+            )
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

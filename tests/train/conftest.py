@@ -24,7 +24,12 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in topics), encoding="utf-8")
     sums = [(a, b) for a in range(12) for b in range(12)]
     chats = [
-        {"messages": [{"role": "user", "content": f"{a} + {b} = ?"}, {"role": "assistant", "content": f"The sum is {a + b}."}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"{a} + {b} = ?"},
+                {"role": "assistant", "content": f"The sum is {a + b}."},
+            ]
+        }
         for a, b in sums
     ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")

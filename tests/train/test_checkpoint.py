@@ -13,7 +13,13 @@ from train import checkpoint
 from train.config import RunConfig, TrainConfig
 from train.optim import build_optimizer, state_tensors, step_if
 
-SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "moe_intermediate_size": 8}
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "moe_intermediate_size": 8,
+}
 
 
 def config(**shape) -> RunConfig:
@@ -93,7 +99,9 @@ def test_a_disk_that_fills_costs_the_new_checkpoint_alone(small_disk):
     made.save(1)
     before = content(made.run_dir)
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    (small_disk / "ballast").write_bytes(b"x" * (free - len(before["checkpoints/step-00000001/model.safetensors"]) - 20_000))
+    (small_disk / "ballast").write_bytes(
+        b"x" * (free - len(before["checkpoints/step-00000001/model.safetensors"]) - 20_000)
+    )
     with pytest.raises(OSError, match="step-00000002: cannot write this checkpoint .*free some disk space") as error:
         made.save(2)
     assert "\n" not in str(error.value)
@@ -230,7 +238,10 @@ def test_a_file_cut_short_or_of_another_kind_is_named(made, name):
 def test_no_file_of_a_checkpoint_can_run_code(made, tmp_path):
     folder = made.save(1)
     trace = tmp_path / "was-run"
-    for text in (f"!!python/object/apply:os.system ['touch {trace}']", f"train: !!python/object/apply:os.system ['touch {trace}']"):
+    for text in (
+        f"!!python/object/apply:os.system ['touch {trace}']",
+        f"train: !!python/object/apply:os.system ['touch {trace}']",
+    ):
         (folder / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match="config.yaml"):
             checkpoint.read_config(folder)
@@ -245,7 +256,9 @@ def test_a_key_of_another_shape_is_named_with_both_values(made):
     checkpoint.check_same_shape(made.config.model, folder)
     for key, value in (("hidden_size", 32), ("n_routed_experts", 8), ("num_hidden_layers", 3), ("vocab_size", 41)):
         mistaken = config(**{key: value}).model
-        with pytest.raises(ValueError, match=rf"model\.{key}: {value} here, but .*step-00000001 was trained with .*use its value"):
+        with pytest.raises(
+            ValueError, match=rf"model\.{key}: {value} here, but .*step-00000001 was trained with .*use its value"
+        ):
             checkpoint.check_same_shape(mistaken, folder)
     checkpoint.check_same_shape(config(max_position_embeddings=1024, dropout=0.5, aux_loss_alpha=0.0).model, folder)
 
@@ -278,7 +291,12 @@ def test_the_first_tensor_that_does_not_fit_is_named_and_the_model_stays_as_it_w
 def test_a_run_a_checkpoint_and_a_pointer_are_found(made):
     first, second = made.save(1), made.save(2)
     checkpoint.point(made.run_dir, "best", first.name)
-    for path, expected in ((made.run_dir, second), (first, first), (first.parent / "best", first), (first.parent / "latest", second)):
+    for path, expected in (
+        (made.run_dir, second),
+        (first, first),
+        (first.parent / "best", first),
+        (first.parent / "latest", second),
+    ):
         assert checkpoint.find_checkpoint(path).resolve() == expected.resolve()
     with contextlib.chdir(first):
         assert checkpoint.find_checkpoint(".").resolve() == first

@@ -47,7 +47,9 @@ def error(load):
 # What a file may hold
 
 
-@pytest.mark.parametrize("text, value", [("3e-4", 3e-4), ("1E3", 1000.0), ("2", 2.0), (".5", 0.5), ("1_000.5", 1000.5), ("+1.", 1.0)])
+@pytest.mark.parametrize(
+    "text, value", [("3e-4", 3e-4), ("1E3", 1000.0), ("2", 2.0), (".5", 0.5), ("1_000.5", 1000.5), ("+1.", 1.0)]
+)
 def test_numbers_are_numbers_as_people_write_them(load, text, value):
     loaded = load(f"train: {{steps: 1, learning_rate: {text}}}").train.learning_rate
     assert loaded == value and isinstance(loaded, float)
@@ -157,8 +159,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_childs_keys_replace_its_parents_one_by_one_and_lists_whole(folder, load):
     (folder / "sub").mkdir()
-    (folder / "grand.yaml").write_text("seed: 1\nname: grand\ntrain: {steps: 5, learning_rate: 1.0}\neval: {prompts: [a, b]}")
-    (folder / "sub/parent.yaml").write_text("base: ../grand.yaml\nname: parent\ntrain: {learning_rate: 2.0}\nmodel: {dropout: 0.5}")
+    (folder / "grand.yaml").write_text(
+        "seed: 1\nname: grand\ntrain: {steps: 5, learning_rate: 1.0}\neval: {prompts: [a, b]}"
+    )
+    (folder / "sub/parent.yaml").write_text(
+        "base: ../grand.yaml\nname: parent\ntrain: {learning_rate: 2.0}\nmodel: {dropout: 0.5}"
+    )
     config = load("base: sub/parent.yaml\neval: {prompts: [c]}\ntrain: {grad_clip: 0.0}")
     assert (config.seed, config.name, config.model.dropout, config.eval.prompts) == (1, "parent", 0.5, ["c"])
     assert (config.train.steps, config.train.learning_rate, config.train.grad_clip) == (5, 2.0, 0.0)
@@ -207,11 +213,37 @@ def test_a_mistaken_override_is_named(error, override, words):
 # Saved and read again
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x85"), max_size=12) | st.sampled_from(
-    ["3e-4", "1e5", "012", "no", "on", "null", "~", "1_0", ".inf", "- a", "a: b", "'", "#", " x ", "0x1F", "1:30", "2001-01-01", "<<", "="]
+    [
+        "3e-4",
+        "1e5",
+        "012",
+        "no",
+        "on",
+        "null",
+        "~",
+        "1_0",
+        ".inf",
+        "- a",
+        "a: b",
+        "'",
+        "#",
+        " x ",
+        "0x1F",
+        "1:30",
+        "2001-01-01",
+        "<<",
+        "=",
+    ]
 )
 
 
-@given(project=TEXTS, group=st.none() | TEXTS, prompts=st.lists(TEXTS, max_size=3), rate=st.floats(1e-300, 1e300), seed=st.integers(0, 2**32 - 1))
+@given(
+    project=TEXTS,
+    group=st.none() | TEXTS,
+    prompts=st.lists(TEXTS, max_size=3),
+    rate=st.floats(1e-300, 1e300),
+    seed=st.integers(0, 2**32 - 1),
+)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_saved_config_is_read_back_equal(load, project, group, prompts, rate, seed):
     config = RunConfig(seed=seed, train=TrainConfig(steps=3, learning_rate=rate), eval=EvalConfig(prompts=prompts))
@@ -220,14 +252,21 @@ def test_a_saved_config_is_read_back_equal(load, project, group, prompts, rate, 
 
 
 def test_the_dictionary_of_a_config_gives_the_config_back():
-    config = from_dict({"train": {"epochs": 2}, "data": {"sources": [{"name": "a", "kind": "text", "path": "x"}]}}, "test")
+    config = from_dict(
+        {"train": {"epochs": 2}, "data": {"sources": [{"name": "a", "kind": "text", "path": "x"}]}}, "test"
+    )
     assert from_dict(to_dict(config), "test") == config
 
 
 # Nothing but a ValueError, ever
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, -(2**64), math.nan, "auto"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**400, -(2**64), math.nan, "auto"]),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
     max_leaves=6,
 )
@@ -274,7 +313,10 @@ def test_any_file_loads_or_is_a_value_error(load, text):
         assert "run.yaml" in str(error) or os.sep in str(error), error
 
 
-@given(st.text(max_size=12) | st.builds("{}={}".format, st.sampled_from(leaves(RunConfig)), st.lists(PIECES, max_size=6).map("".join)))
+@given(
+    st.text(max_size=12)
+    | st.builds("{}={}".format, st.sampled_from(leaves(RunConfig)), st.lists(PIECES, max_size=6).map("".join))
+)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_override_is_taken_or_is_a_value_error(load, override):
     try:

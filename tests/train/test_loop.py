@@ -21,7 +21,11 @@ def train(workplace):
     def run(name: str, *overrides: str):
         code = loop.train(load_config(workplace / "pretrain.yaml", [f"name={name}", *QUICK, *overrides]))
         folder = workplace / "runs" / name
-        return code, [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"], (folder / "log.txt").read_text("utf-8")
+        return (
+            code,
+            [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"],
+            (folder / "log.txt").read_text("utf-8"),
+        )
 
     yield run
     for number, handler in handlers.items():
@@ -42,7 +46,9 @@ def test_randomness_follows_seed_step_and_micro_batch_alone():
 def test_how_a_step_is_cut_into_micro_batches_does_not_show(train):
     """With dropout and jitter off: those follow the micro-batch."""
     rows = {
-        size: train(f"micro-{size}", f"train.micro_batch_size={size}", "model.dropout=0.0", "model.router_jitter_noise=0.0")[1]
+        size: train(
+            f"micro-{size}", f"train.micro_batch_size={size}", "model.dropout=0.0", "model.router_jitter_noise=0.0"
+        )[1]
         for size in (1, 8)
     }
     for key in ("loss", "grad_norm", "balance_loss", "z_loss", "aux_loss"):
@@ -51,7 +57,9 @@ def test_how_a_step_is_cut_into_micro_batches_does_not_show(train):
 
 
 def test_activation_checkpointing_changes_memory_alone(train):
-    plain, recomputed = (train(f"recompute-{on}", f"train.activation_checkpointing={on}", "train.steps=3")[1] for on in ("false", "true"))
+    plain, recomputed = (
+        train(f"recompute-{on}", f"train.activation_checkpointing={on}", "train.steps=3")[1] for on in ("false", "true")
+    )
     for key in ("loss", "grad_norm", "routing"):
         assert [row[key] for row in plain] == [row[key] for row in recomputed], key
 
@@ -87,11 +95,22 @@ def test_a_step_whose_gradient_is_not_a_number_is_skipped_and_the_run_goes_on(tr
     assert code == 0 and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert rows[2]["grad_norm"] is None and all(math.isfinite(row["loss"]) for row in rows)
-    assert log.count("a bad step was skipped") == 1 and "step 3: a bad step was skipped (gradient not finite, or a spike); 1 so far" in log
+    assert (
+        log.count("a bad step was skipped") == 1
+        and "step 3: a bad step was skipped (gradient not finite, or a spike); 1 so far" in log
+    )
     newest = checkpoint.find_checkpoint(workplace / "runs/poisoned")
     state = checkpoint.read_state(newest)
-    assert state["guard"]["bad_total"] == 1 and state["guard"]["accepted_steps"] == 5 and state["guard"]["bad_in_a_row"] == 0
-    steps = [value.item() for name, value in checkpoint._read_tensors(newest / "optimizer.safetensors").items() if name.endswith("/step")]
+    assert (
+        state["guard"]["bad_total"] == 1
+        and state["guard"]["accepted_steps"] == 5
+        and state["guard"]["bad_in_a_row"] == 0
+    )
+    steps = [
+        value.item()
+        for name, value in checkpoint._read_tensors(newest / "optimizer.safetensors").items()
+        if name.endswith("/step")
+    ]
     assert set(steps) == {5.0}, "the skipped step was counted by the optimizer"
 
 
@@ -100,18 +119,26 @@ def test_a_skipped_step_changes_no_weight(train, poison, workplace):
     train("five", "train.steps=5", "train.schedule=constant")
     poison({5})
     train("six", "train.schedule=constant")
-    five, six = (checkpoint._read_tensors(checkpoint.find_checkpoint(workplace / "runs" / name) / "model.safetensors") for name in ("five", "six"))
+    five, six = (
+        checkpoint._read_tensors(checkpoint.find_checkpoint(workplace / "runs" / name) / "model.safetensors")
+        for name in ("five", "six")
+    )
     different = [name for name in five if not torch.equal(five[name], six[name])]
     assert not different, different
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_its_checkpoints_intact(train, poison, workplace):
     poison({3, 4, 5, 6, 7})
-    with pytest.raises(ValueError, match=r"runs/hopeless: 3 steps in a row were skipped \(train.max_bad_steps: 3\)") as error:
+    with pytest.raises(
+        ValueError, match=r"runs/hopeless: 3 steps in a row were skipped \(train.max_bad_steps: 3\)"
+    ) as error:
         train("hopeless", "train.max_bad_steps=3", "train.checkpoint_every=2", "train.steps=9")
     sentence = str(error.value)
     assert "\n" not in sentence and "its checkpoints are intact" in sentence and "start another run (name)" in sentence
-    assert [path.name for path in checkpoint.complete_checkpoints(workplace / "runs/hopeless")] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in checkpoint.complete_checkpoints(workplace / "runs/hopeless")] == [
+        "step-00000004",
+        "step-00000006",
+    ]
 
 
 def test_bad_steps_here_and_there_do_not_end_it(train, poison):
@@ -141,7 +168,10 @@ def test_mistakes_are_seen_before_hours_of_preparing(train, workplace, tmp_path,
 def test_a_run_goes_on_with_other_free_settings_and_refuses_the_rest_by_name(train, workplace):
     train("settled", "train.steps=2")
     for override, message in (
-        ("train.learning_rate=0.5", "train.learning_rate: 0.5, but the run in .*settled was started with 0.003; give the run another name"),
+        (
+            "train.learning_rate=0.5",
+            "train.learning_rate: 0.5, but the run in .*settled was started with 0.003; give the run another name",
+        ),
         ("seed=8", "seed: 8, but the run in .* was started with 7"),
         ("model.dropout=0.0", "model.dropout: 0.0, but the run in .* was started with 0.1"),
         ("data.held_out_fraction=0.2", "data.held_out_fraction: 0.2, but .* was started with 0.1"),

@@ -13,13 +13,18 @@ from train.metrics import Reporter, _flat, append_row, read_rows
 
 from .conftest import ROOT, environment
 
-ROWS = [{"kind": "train", "step": i, "text": text} for i, text in enumerate(("a", "“quoted” é \u2028 \x85 \x1c", "line\nline", "", "😀"))]
+ROWS = [
+    {"kind": "train", "step": i, "text": text}
+    for i, text in enumerate(("a", "“quoted” é \u2028 \x85 \x1c", "line\nline", "", "😀"))
+]
 
 
 @pytest.fixture
 def reporter(tmp_path, capsys):
     """reporter(speaks=True) -> a Reporter of a run in tmp_path"""
-    return lambda speaks=True, **wandb: Reporter(RunConfig(wandb=WandbConfig(**wandb)), tmp_path, steps=10, start=0, speaks=speaks)
+    return lambda speaks=True, **wandb: Reporter(
+        RunConfig(wandb=WandbConfig(**wandb)), tmp_path, steps=10, start=0, speaks=speaks
+    )
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -45,7 +50,16 @@ def test_a_kill_at_any_byte_costs_the_last_row_alone(tmp_path):
         assert read_rows(path) == [*ROWS[:kept], {"after": "the kill"}], f"cut after {whole[last:cut]!r}"
 
 
-@given(st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.integers() | st.floats(allow_nan=False), max_size=3), max_size=4))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.text(max_size=5),
+            st.text(max_size=9) | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+            max_size=3,
+        ),
+        max_size=4,
+    )
+)
 def test_any_rows_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     for row in rows:
@@ -88,7 +102,9 @@ def test_a_row_becomes_flat_for_wandb():
 def test_wandb_that_is_not_installed_is_one_sentence(reporter, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     reporter().close()
-    with pytest.raises(ValueError, match="wandb.mode: 'offline' needs wandb; run: pip install wandb, or set wandb.mode to disabled"):
+    with pytest.raises(
+        ValueError, match="wandb.mode: 'offline' needs wandb; run: pip install wandb, or set wandb.mode to disabled"
+    ):
         reporter(mode="offline")
 
 
@@ -118,3 +134,9 @@ def test_wandb_writes_a_real_offline_run_and_online_without_a_key_falls_back(tmp
     assert len({run.name for run in runs}) == 1, "a resumed run must keep its id"
     for run in runs:
         assert b"routing/load/0/1" in run.read_bytes()
+
+
+def test_what_is_not_finite_is_null_because_json_has_no_nan(tmp_path):
+    append_row(tmp_path / "m.jsonl", {"norm": float("nan"), "more": [1.0, float("inf"), {"x": float("-inf")}]})
+    assert "NaN" not in (tmp_path / "m.jsonl").read_text()
+    assert read_rows(tmp_path / "m.jsonl") == [{"norm": None, "more": [1.0, None, {"x": None}]}]

@@ -14,13 +14,26 @@ from train.optim import build_optimizer, load_state_tensors, set_learning_rate, 
 def tiny_model(**settings) -> MoEForCausalLM:
     """Every kind of parameter: router, stacked and shared experts, norms, QK-norms, biases, a head of its own."""
     torch.manual_seed(0)
-    shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "moe_intermediate_size": 8}
-    extras = {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": False, "router_bias_update_rate": 0.001}
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "moe_intermediate_size": 8,
+    }
+    extras = {
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "router_bias_update_rate": 0.001,
+    }
     return MoEForCausalLM(ModelConfig(**{**shape, **extras, **settings}))
 
 
 def settings(**values) -> TrainConfig:
-    return TrainConfig(**{"steps": 1, "learning_rate": 0.01, "weight_decay": 0.5, "router_lr_multiplier": 3.0, **values})
+    return TrainConfig(
+        **{"steps": 1, "learning_rate": 0.01, "weight_decay": 0.5, "router_lr_multiplier": 3.0, **values}
+    )
 
 
 def fill_gradients(model: nn.Module, seed: int) -> None:
@@ -49,7 +62,13 @@ def test_only_matrices_decay_and_only_the_router_has_its_own_rate():
     assert len(group_of) == len(list(model.parameters())), "a parameter is in no group, or in two"
     kinds = {"router": 0, "vector": 0, "matrix": 0}
     for name, parameter in model.named_parameters():
-        kind = "router" if name.endswith("gate.weight") else "vector" if "norm" in name or name.endswith("bias") else "matrix"
+        kind = (
+            "router"
+            if name.endswith("gate.weight")
+            else "vector"
+            if "norm" in name or name.endswith("bias")
+            else "matrix"
+        )
         kinds[kind] += 1
         group = group_of[parameter]
         assert group["weight_decay"] == (0.5 if kind == "matrix" else 0.0), f"{name} is a {kind}"
@@ -123,7 +142,9 @@ def test_state_goes_through_tensors_and_back_bit_for_bit():
         fill_gradients(model, step)
         step_if(optimizer, torch.tensor(True))
     copy.load_state_dict(model.state_dict())
-    load_state_tensors(restored, copy, {name: tensor.clone() for name, tensor in state_tensors(optimizer, model).items()})
+    load_state_tensors(
+        restored, copy, {name: tensor.clone() for name, tensor in state_tensors(optimizer, model).items()}
+    )
     for each, its_optimizer in ((model, optimizer), (copy, restored)):
         fill_gradients(each, 9)
         step_if(its_optimizer, torch.tensor(True))

@@ -35,10 +35,17 @@ def test_one_process_accumulating_four_equals_two_times_two(workplace, level):
 def test_four_processes_equal_one(workplace):
     runs = workplace / "runs"
     for ranks in (1, 4):
-        run("train.pretrain", workplace / "pretrain.yaml", f"name=ranks-{ranks}", "train.checkpoint_every=0", processes=ranks)
+        run(
+            "train.pretrain",
+            workplace / "pretrain.yaml",
+            f"name=ranks-{ranks}",
+            "train.checkpoint_every=0",
+            processes=ranks,
+        )
     assert_close(losses(runs / "ranks-1"), losses(runs / "ranks-4"))
     held_out = [
-        [row["loss"] for row in read_rows(runs / f"ranks-{ranks}/metrics.jsonl") if row["kind"] == "held_out"] for ranks in (1, 4)
+        [row["loss"] for row in read_rows(runs / f"ranks-{ranks}/metrics.jsonl") if row["kind"] == "held_out"]
+        for ranks in (1, 4)
     ]
     assert held_out[0] == pytest.approx(held_out[1], rel=TOLERANCE)
 
@@ -54,7 +61,8 @@ def test_global_balance_does_not_depend_on_which_rank_holds_which_rows(workplace
         )  # fmt: skip
     assert_close(losses(runs / "global-1"), losses(runs / "global-2"))
     balance = [
-        [row["balance_loss"] for row in read_rows(runs / f"global-{ranks}/metrics.jsonl") if row["kind"] == "train"] for ranks in (1, 2)
+        [row["balance_loss"] for row in read_rows(runs / f"global-{ranks}/metrics.jsonl") if row["kind"] == "train"]
+        for ranks in (1, 2)
     ]
     assert balance[0] == pytest.approx(balance[1], rel=TOLERANCE)
 
@@ -62,5 +70,12 @@ def test_global_balance_does_not_depend_on_which_rank_holds_which_rows(workplace
 def test_the_same_run_twice_gives_the_same_bits(workplace):
     runs = workplace / "runs"
     for name in ("once", "twice"):
-        run("train.pretrain", workplace / "pretrain.yaml", f"name={name}", "eval.every=0", "train.checkpoint_every=0", processes=2)
+        run(
+            "train.pretrain",
+            workplace / "pretrain.yaml",
+            f"name={name}",
+            "eval.every=0",
+            "train.checkpoint_every=0",
+            processes=2,
+        )
     assert losses(runs / "once") == losses(runs / "twice")

@@ -9,12 +9,20 @@ from train.plan import make_plan
 
 
 def config_of(T: int, tokens: int, micro_batch: int, **train) -> RunConfig:
-    config = RunConfig(train=TrainConfig(**{"steps": 1, "tokens_per_step": tokens, "micro_batch_size": micro_batch, **train}))
+    config = RunConfig(
+        train=TrainConfig(**{"steps": 1, "tokens_per_step": tokens, "micro_batch_size": micro_batch, **train})
+    )
     config.data.context_length = T
     return config
 
 
-@given(T=st.integers(2, 40), rows=st.integers(0, 64), extra=st.integers(0, 3), micro_batch=st.integers(1, 9), ranks=st.integers(1, 9))
+@given(
+    T=st.integers(2, 40),
+    rows=st.integers(0, 64),
+    extra=st.integers(0, 3),
+    micro_batch=st.integers(1, 9),
+    ranks=st.integers(1, 9),
+)
 def test_a_step_is_shared_out_exactly_or_refused(T, rows, extra, micro_batch, ranks):
     tokens = rows * T + extra % T
     if tokens == 0:
@@ -36,9 +44,27 @@ def test_a_step_is_shared_out_exactly_or_refused(T, rows, extra, micro_batch, ra
     [
         (32, 100, 1, 1, "train.tokens_per_step: 100 is no multiple of the context length 32; use 96"),
         (32, 31, 1, 1, "train.tokens_per_step: 31 is no multiple of the context length 32; use 32"),
-        (32, 64, 1, 4, "torchrun: 4 processes, but train.tokens_per_step: 64 is only 2 rows of 32 tokens; start fewer processes or raise it"),
-        (32, 256, 1, 3, "torchrun: 3 processes cannot share the 8 rows of .* evenly; start a number of processes that divides 8"),
-        (32, 256, 3, 2, r"train.micro_batch_size: 3 does not divide the 4 rows that each of 2 process\(es\) has .*; use a divisor of 4"),
+        (
+            32,
+            64,
+            1,
+            4,
+            "torchrun: 4 processes, but train.tokens_per_step: 64 is only 2 rows of 32 tokens; start fewer processes or raise it",
+        ),
+        (
+            32,
+            256,
+            1,
+            3,
+            "torchrun: 3 processes cannot share the 8 rows of .* evenly; start a number of processes that divides 8",
+        ),
+        (
+            32,
+            256,
+            3,
+            2,
+            r"train.micro_batch_size: 3 does not divide the 4 rows that each of 2 process\(es\) has .*; use a divisor of 4",
+        ),
     ],
 )
 def test_a_batch_that_does_not_divide_says_what_would(T, tokens, micro_batch, ranks, message):

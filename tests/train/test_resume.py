@@ -20,7 +20,10 @@ UNEQUAL = ("train_seconds", "tokens_per_second", "mfu", "memory_gib")  # times a
 
 
 def metrics(run_dir: Path) -> dict:
-    rows = {(row["kind"], row["step"]): {k: v for k, v in row.items() if k not in UNEQUAL} for row in read_rows(run_dir / "metrics.jsonl")}
+    rows = {
+        (row["kind"], row["step"]): {k: v for k, v in row.items() if k not in UNEQUAL}
+        for row in read_rows(run_dir / "metrics.jsonl")
+    }
     return dict(sorted(rows.items()))
 
 
@@ -113,7 +116,11 @@ def test_sigkill_at_random_moments_always_leaves_a_run_that_goes_on(workplace, w
         process = start("train.pretrain", *config)
         before = len(read_rows(folder / "metrics.jsonl"))
         deadline = time.monotonic() + 60
-        while len(read_rows(folder / "metrics.jsonl")) == before and time.monotonic() < deadline and process.poll() is None:
+        while (
+            len(read_rows(folder / "metrics.jsonl")) == before
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.15))
         process.kill()
@@ -129,15 +136,22 @@ def test_sigkill_at_random_moments_always_leaves_a_run_that_goes_on(workplace, w
 
 
 def stop_after_rows(workplace: Path, name: str, rows: int, how: signal.Signals, processes: int) -> None:
-    """Starts the pretraining run `name` and sends `how` to launcher and processes alike once it has logged so many rows."""
+    """Starts the pretraining run `name` and stops it once it has logged so many rows: SIGTERM goes to torchrun, which passes it
+    on; SIGKILL to torchrun and to its processes, which would outlive it."""
     folder = workplace / "runs" / name
     process = start("train.pretrain", workplace / "pretrain.yaml", f"name={name}", processes=processes)
     deadline = time.monotonic() + 120
     while len(read_rows(folder / "metrics.jsonl")) < rows and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
-    os.killpg(process.pid, how)
+    workers = (
+        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if how == signal.SIGKILL else []
+    )
+    for pid in (process.pid, *map(int, workers)):
+        os.kill(pid, how)
     process.communicate(timeout=90)
-    assert 0 < checkpoint.read_state(checkpoint.find_checkpoint(folder))["step"] < 20, "stopped too late to test anything"
+    assert 0 < checkpoint.read_state(checkpoint.find_checkpoint(folder))["step"] < 20, (
+        "stopped too late to test anything"
+    )
 
 
 @pytest.mark.slow

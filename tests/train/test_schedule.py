@@ -51,12 +51,22 @@ def test_constant_stays():
     decay_fraction=st.floats(0, 1),
     low=st.floats(0, 1),
 )
-def test_after_the_warm_up_it_never_rises_never_jumps_and_stays_within_bounds(schedule, steps, warmup_steps, decay_fraction, low):
-    rates = curve(steps, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=decay_fraction, min_learning_rate=low)
+def test_after_the_warm_up_it_never_rises_never_jumps_and_stays_within_bounds(
+    schedule, steps, warmup_steps, decay_fraction, low
+):
+    rates = curve(
+        steps, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=decay_fraction, min_learning_rate=low
+    )
     lowest = min(2.0 * low, 2.0 / max(warmup_steps, 1))
     assert all(lowest - 1e-12 <= rate <= 2.0 + 1e-12 for rate in rates)
     after = rates[warmup_steps:-1]  # steps that are taken; at the end a fall over no steps at all may remain
     falls = [a - b for a, b in zip(after, after[1:])]
-    span = max(min(round(steps * decay_fraction), steps - warmup_steps), 1) if schedule == "wsd" else max(steps - warmup_steps, 1)
+    span = (
+        max(min(round(steps * decay_fraction), steps - warmup_steps), 1)
+        if schedule == "wsd"
+        else max(steps - warmup_steps, 1)
+    )
     steepest = 2.0 * (1 - low) * 1.6 / span  # a cosine's slope is pi / 2 of a line's
-    assert all(-1e-12 <= fall <= steepest + 1e-12 for fall in falls), f"jumps of up to {max(falls)}, at most {steepest} expected"
+    assert all(-1e-12 <= fall <= steepest + 1e-12 for fall in falls), (
+        f"jumps of up to {max(falls)}, at most {steepest} expected"
+    )
