@@ -6,8 +6,6 @@ the figure does not depend on the tokenizer's unit. A conversation's targets, an
 
 from __future__ import annotations
 
-import math
-
 from data.prepare import open_prepared
 from eval.routing import RoutingRecorder
 from train.checkpoint import Run
@@ -32,12 +30,5 @@ def held_out(run: Run, *, batch_size: int | None = None, recorder: RoutingRecord
         batches = rows.batches(batch_size or run.config.eval.batch_size)
         if recorder is not None:
             batches = recorder.watch(name, batches)
-        measured = held_out_loss(run.model, batches, run.device, run.autocast)
-        figures[name] = {
-            "loss": measured.loss,
-            "perplexity": math.exp(min(measured.loss, 700.0)),
-            "bits_per_byte": measured.bits_per_byte(rows.n_bytes),
-            "tokens": measured.targets,
-            "bytes": rows.n_bytes,
-        }
+        figures[name] = held_out_loss(run.model, batches, run.device, run.autocast).figures(rows.n_bytes)
     return figures

@@ -36,6 +36,16 @@ class HeldOutLoss(NamedTuple):
         """Bits for each UTF-8 byte of the text the targets spell."""
         return self.nats / math.log(2) / max(n_bytes, 1)
 
+    def figures(self, n_bytes: int) -> dict[str, float]:
+        """What metrics.jsonl and evaluation.json say of a source whose targets spell `n_bytes` bytes of UTF-8."""
+        return {
+            "loss": self.loss,
+            "perplexity": math.exp(min(self.loss, 700.0)),  # beyond, a float overflows
+            "bits_per_byte": self.bits_per_byte(n_bytes),
+            "tokens": self.targets,
+            "bytes": n_bytes,
+        }
+
 
 @torch.inference_mode()
 def held_out_loss(
@@ -74,13 +84,7 @@ def held_out_row(
             local = held_out_loss(model, batches, world.device, autocast)
         sums = world.sum(torch.tensor([local.nats, local.targets], dtype=torch.float64, device=world.device)).tolist()
         losses[name] = whole = HeldOutLoss(sums[0], int(sums[1]))
-        sources[name] = {
-            "loss": whole.loss,
-            "perplexity": math.exp(min(whole.loss, 700)),
-            "bits_per_byte": whole.bits_per_byte(held.n_bytes),
-            "tokens": whole.targets,
-            "bytes": held.n_bytes,
-        }
+        sources[name] = whole.figures(held.n_bytes)
     if not losses:
         return None
     mean = sum(each.nats for each in losses.values()) / max(sum(each.targets for each in losses.values()), 1)
