@@ -55,6 +55,7 @@ class ModelConfig:
 
     n_routed_experts: int = field(default=4, metadata=_at_least(0))  # 0: a dense model
     n_shared_experts: int = field(default=1, metadata=_at_least(0))  # always-on experts, one FFN of this many widths
+    shared_expert_gate: bool = False  # the shared output times sigmoid of a linear map of the token, as in Qwen2-MoE
     num_experts_per_tok: int = field(default=2, metadata=_at_least(1))
     first_k_dense_replace: int = field(default=0, metadata=_at_least(0))  # the first so many layers are dense
     mlp_only_layers: list[int] = field(default_factory=list)  # further layers that are dense, by index from 0
@@ -140,6 +141,11 @@ class ModelConfig:
                 )
         if self.n_routed_experts == 0:
             return
+        if self.shared_expert_gate and self.n_shared_experts == 0:
+            raise ValueError(
+                "shared_expert_gate: true, but n_shared_experts: 0 leaves nothing to gate; set n_shared_experts or "
+                "shared_expert_gate: false"
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok: {self.num_experts_per_tok} is more than n_routed_experts: {self.n_routed_experts}; "

@@ -49,7 +49,7 @@ def _attention(config: ModelConfig) -> Count:
 def count_parameters(config: ModelConfig) -> dict[str, Count]:
     """Counts per part; the parts a config does not have are left out, and the parts add up to the model.
 
-    Parts: embedding, attention, dense FFN, router, routed experts, shared experts, norms, head.
+    Parts: embedding, attention, dense FFN, router, routed experts, shared experts, shared expert gate, norms, head.
     """
     d, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     moe = len(config.moe_layers)
@@ -65,6 +65,7 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
         "router": _same(moe * config.n_routed_experts * d),
         "routed experts": Count(moe * config.n_routed_experts * expert, chosen, chosen),
         "shared experts": _same(moe * _ffn(config, config.n_shared_experts * config.moe_intermediate_size)),
+        "shared expert gate": _same(moe * d if config.shared_expert_gate else 0),
         "norms": Count(norms, norms, 0),
         "head": Count(own_head, own_head, vocabulary * d),
     }

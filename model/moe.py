@@ -36,6 +36,9 @@ class MoEFeedForward(nn.Module):
             if config.n_shared_experts > 0
             else None
         )
+        self.shared_expert_gate = nn.Linear(D, 1, bias=False) if config.shared_expert_gate else None
+        if self.shared_expert_gate is not None:
+            nn.init.normal_(self.shared_expert_gate.weight, std=std)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, routing = self.compute(hidden_states)
@@ -54,8 +57,13 @@ class MoEFeedForward(nn.Module):
             y = self.moe_infer(flat, topk_idx.flatten(), topk_weight.reshape(-1, 1))
         y = y.view(B, T, D).to(hidden_states.dtype)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(hidden_states)
+            y = y + self._shared_output(hidden_states)
         return y, routing
+
+    def _shared_output(self, hidden_states: Tensor) -> Tensor:
+        """The shared experts' (B, T, D); with `shared_expert_gate` each token says how much of it it wants (Qwen2-MoE)."""
+        y = self.shared_experts(hidden_states)
+        return y if self.shared_expert_gate is None else self.shared_expert_gate(hidden_states).sigmoid() * y
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, flat_expert_indices: Tensor, flat_expert_weights: Tensor) -> Tensor:
