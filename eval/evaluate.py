@@ -22,6 +22,7 @@ from eval.routing import RoutingRecorder
 from eval.tasks import run_tasks
 from train import cli
 from train.checkpoint import Run, open_run
+from train.memory import keep_freed_memory
 
 SPARKS = "▁▂▃▄▅▆▇█"  # an expert's load, from none to twice its fair share
 
@@ -165,6 +166,7 @@ def main() -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the evaluation
 
+    keep_freed_memory()
     run = open_run(options.run, device=options.device, precision=options.precision)
     names = choose_tasks(options.tasks, run.config.data.format == "chat")
     print(f"{run.config.name}, step {run.step:,} ({run.checkpoint.name}), on {run.device} in {run.precision}\n")

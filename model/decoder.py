@@ -18,6 +18,7 @@ from model.gate import MoEGate, Routing
 from model.layers import RMSNorm, RotaryEmbedding
 from model.loss import IGNORE, chunked_cross_entropy
 from model.moe import MoEFeedForward
+from model.products import Linear, float32_library
 
 
 @dataclass
@@ -75,7 +76,7 @@ class MoEForCausalLM(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(
             config.head_dim, config.max_position_embeddings, config.rope_theta, config.rope_scaling
         )
@@ -159,6 +160,14 @@ class MoEForCausalLM(nn.Module):
 
     def gates(self) -> list[MoEGate]:
         return [moe.gate for _, moe in self.moe_layers()]
+
+    def compile_layers(self) -> None:
+        """torch.compile, in place, of what has the same shapes in every step: the layers; on a CPU of MoE layers the attention
+        alone, because the experts' segments there are loops over lengths that change."""
+        float32_library()  # known before tracing, which could not open a file
+        on_cpu = self.embed_tokens.weight.device.type == "cpu"
+        for layer in self.layers:
+            (layer.self_attn if on_cpu and layer.is_moe else layer).compile(dynamic=False)
 
     def set_count_reduction(self, reduce_counts: Callable[[Tensor], Tensor]) -> None:
         """Hands the routers a sum over ranks of a float32 tensor, for balance at level `global`."""

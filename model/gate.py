@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import balance
 from model.config import ModelConfig
+from model.products import linear, without_autocast
 
 
 class Routing(NamedTuple):
@@ -60,9 +60,9 @@ class MoEGate(nn.Module):
     def route(self, hidden_states: Tensor) -> Routing:
         """The choice alone: a pure function of the hidden states (B, T, D), safe to recompute."""
         config = self.config
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             wide = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
-            logits = F.linear(hidden_states.to(wide), self.weight.to(wide))
+            logits = linear(hidden_states.to(wide), self.weight.to(wide))
             scores = logits.softmax(-1) if config.scoring_func == "softmax" else logits.sigmoid()
             choose_by = scores.detach() if self.expert_bias is None else scores.detach() + self.expert_bias
             topk_idx = choose_by.topk(config.num_experts_per_tok, dim=-1, sorted=True).indices

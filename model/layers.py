@@ -74,4 +74,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The result has the wider of the two dtypes.
     """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)

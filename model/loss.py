@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 1024  # rows of logits alive at once
+from model.products import product
+
+CHUNK_ROWS = {"cpu": 1024, "cuda": 8192}  # rows of logits alive at once; on a GPU a chunk must be worth its launches
 IGNORE = -100
 
 
@@ -22,12 +24,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device, dtype=wide)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_head = torch.zeros(head.shape, device=head.device, dtype=wide) if with_gradient else None
-        for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
             target = targets[rows]
             learned = (target != IGNORE).to(wide).unsqueeze(1)
             safe_target = target.clamp(min=0).unsqueeze(1)
-            logits = (hidden[rows] @ head.t()).to(wide)
+            logits = product(hidden[rows], head.t()).to(wide)
             logits -= logits.amax(-1, keepdim=True)
             of_target = logits.gather(1, safe_target)
             exponentials = logits.exp_()
@@ -37,8 +40,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits = exponentials.mul_(learned / normaliser)  # softmax, 0 where there is no target
                 grad_logits.scatter_add_(1, safe_target, -learned)
                 grad_logits = grad_logits.to(hidden.dtype)
-                grad_hidden[rows] = grad_logits @ head
-                grad_head += grad_logits.t() @ hidden[rows]
+                grad_hidden[rows] = product(grad_logits, head)
+                grad_head += product(grad_logits.t(), hidden[rows])
         if with_gradient:
             ctx.save_for_backward(grad_hidden, grad_head)
             ctx.head_dtype = head.dtype

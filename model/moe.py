@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.experts import FEW_ASSIGNMENTS, Experts, rows_of_tokens, sort_by_expert, weighted_sum
+from model.experts import FEW_ASSIGNMENTS, Experts
 from model.feed_forward import FeedForward
 from model.gate import MoEGate, Routing
+from model.permutation import rows_of_tokens, sort_by_expert, sorted_weights, sum_by_token
 
 
 class MoEFeedForward(nn.Module):
@@ -78,13 +79,15 @@ class MoEFeedForward(nn.Module):
         topk_weight = flat_expert_weights.view(N, k)
         if N * k <= FEW_ASSIGNMENTS:
             return self.experts.run_few(x, flat_expert_indices.view(N, k), topk_weight).to(x.dtype)
-        x_compute, into, down = self.experts.in_compute_dtype(x)
+        x_compute = x.to(self.experts.compute_dtype(x))
         # Sort the assignments by expert; order // k is then the token each sorted row comes from.
         align = self.experts.segment_alignment(x_compute, k)
         order, inverse, ends = sort_by_expert(flat_expert_indices, self.config.n_routed_experts, align)
         rows = rows_of_tokens(x_compute, order, k)  # (M', D): expert 0's tokens, expert 1's, ...
-        y = self.experts.run_segments(rows, ends, into, down)  # (M', D)
-        return weighted_sum(y.index_select(0, inverse), topk_weight).to(x.dtype)  # back to token order, then summed
+        weighted = self.experts.run_segments(rows, ends, sorted_weights(topk_weight, order))  # (M', D)
+        return sum_by_token(weighted, inverse, k).to(
+            x.dtype
+        )  # (N, D): each token's k results, wherever they were sorted
 
     def _jitter(self, hidden_states: Tensor) -> Tensor:
         """Multiplicative noise U(1-j, 1+j) on what router and routed experts see, in training (Switch, section 2.2)."""

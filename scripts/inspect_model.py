@@ -3,14 +3,15 @@
     python -m scripts.inspect_model configs/quickstart/pretrain.yaml [model.n_routed_experts=16 ...]
 
 Everything is arithmetic on the config (`model/flops.py` for parameters and operations), so it takes no time and no GPU.
-The memory of activations is an estimate: within a quarter of what autograd keeps on a CPU (tests/scripts/test_inspect_model.py);
-CUDA's fused norms keep a little less, torch.compile still less.
+The memory of activations is an estimate: within a quarter of what autograd keeps on a CPU, where CUDA's way through experts and
+attention was measured too (tests/scripts/test_inspect_model.py); CUDA's fused norms keep a little less, torch.compile still less.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from model.attention import QUERY_BLOCK
 from model.config import ModelConfig
 from model.flops import count_parameters, flops_per_token, total_count
 from model.loss import CHUNK_ROWS
@@ -20,13 +21,16 @@ from train.config import RunConfig, load_config
 GIB = 2**30
 TOKENS_PER_PARAMETER = 20  # below this a MoE shows no gain over its dense twin (joint scaling law, arXiv 2502.05172)
 BYTES = {"float32": 4, "bfloat16": 2}  # of what matrix products read and write
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 
 FORMULA = """\
   Kept per token and layer for the backward pass, s bytes a number in products, 4 in norms, H' = heads * head_dim, K' the same of the keys:
     16 D  the two norms            + 8 (H' + K')  if QK-norm
     + s * (2 D + 2 H' + 2 K'       normed inputs, queries, keys, values, attention's output
            + a * width             dense FFN and shared experts; a = 4 gated, 2 plain
-           + k * (2 D + a * F))    each chosen expert: its input, its output, its hidden units
+           + k * (D + b * F))      each chosen expert: its input and hidden units; b = 2 gated, 1 plain, on CUDA 5 and 3
+    + s * heads * T                on a CPU in bfloat16, where attention is written out: its shares (about half of it in long contexts)
+  A (B, T, T) mask of documents is kept once, and by such an attention in each layer.
   Activation checkpointing keeps 4 D per token and layer, and the above for one layer at a time. The loss keeps the gradient of
   the head and one chunk of logits. Not counted: the CUDA context (about 0.5 GiB) and what the allocator wastes."""
 
@@ -42,38 +46,58 @@ class Memory(NamedTuple):
     loss: int
 
 
-def layer_activation_bytes(config: ModelConfig, layer: int, precision: str) -> int:
+def layer_activation_bytes(config: RunConfig, layer: int, precision: str, device: str = "cpu") -> int:
     """Bytes that one layer keeps for the backward pass per token, by the formula above."""
-    D, s = config.hidden_size, BYTES[precision]
-    heads, key_values = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    per_unit = 4 if config.gated_ffn else 2
-    kept = 16 * D + (8 * (heads + key_values) if config.use_qk_norm else 0)
+    model, T = config.model, config.context_length
+    D, s, on_cpu = model.hidden_size, BYTES[precision], device == "cpu"
+    heads, key_values = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    per_unit = 4 if model.gated_ffn else 2
+    kept = 16 * D + (8 * (heads + key_values) if model.use_qk_norm else 0)
     products = 2 * D + 2 * heads + 2 * key_values
-    if config.is_moe_layer(layer):
-        F = config.moe_intermediate_size
-        products += config.num_experts_per_tok * (2 * D + per_unit * F) + per_unit * config.n_shared_experts * F
+    if model.is_moe_layer(layer):
+        F = model.moe_intermediate_size
+        # model/segmented_ffn.py keeps what the first product read and wrote; autograd around grouped_mm keeps, besides, the
+        # activation, its product with the gate's other half, and that times the weights.
+        hidden = (2 if on_cpu else 5) if model.gated_ffn else (1 if on_cpu else 3)
+        products += model.num_experts_per_tok * (D + hidden * F) + per_unit * model.n_shared_experts * F
     else:
-        products += per_unit * config.intermediate_size
+        products += per_unit * model.intermediate_size
+    if on_cpu and precision == "bfloat16":  # attend_by_products
+        masked = _has_mask(config)
+        products += model.num_attention_heads * (T if masked else _mean_keys(T))
+        kept += T if masked else 0  # its negation, bool
     return kept + s * products
 
 
-def training_memory(config: RunConfig, precision: str) -> Memory:
-    """An estimate for one device: float32 weights, `precision` (float32 or bfloat16) in matrix products."""
+def _has_mask(config: RunConfig) -> bool:
+    return config.data.document_mask or config.data.format == "chat"
+
+
+def _mean_keys(T: int) -> int:
+    """Keys that a causal query is scored against, on average, a block of queries at a time: up to the end of its block."""
+    return sum(min(QUERY_BLOCK, T - start) * min(start + QUERY_BLOCK, T) for start in range(0, T, QUERY_BLOCK)) // T
+
+
+def training_memory(config: RunConfig, precision: str, device: str = "cpu") -> Memory:
+    """An estimate for one device (cpu or cuda): float32 weights, `precision` (float32 or bfloat16) in matrix products."""
     model, total = config.model, total_count(config.model).total
     tokens = config.train.micro_batch_size * config.context_length
-    layers = [layer_activation_bytes(model, layer, precision) for layer in range(model.num_hidden_layers)]
+    layers = [layer_activation_bytes(config, layer, precision, device) for layer in range(model.num_hidden_layers)]
     per_token = sum(layers)
     if config.train.activation_checkpointing:
         per_token = 4 * model.hidden_size * len(layers) + max(layers)
-    if config.data.document_mask or config.data.format == "chat":
+    if _has_mask(config):
         per_token += config.context_length  # the (B, T, T) bool mask
+    # On a CPU an expert's matrices are cast when its turn comes (model/segmented_ffn.py), the others once a pass.
+    routed = count_parameters(model)["routed experts"].total if model.moe_layers else 0
+    cast = total - (routed if device == "cpu" else 0)
     head = model.vocab_size * model.hidden_size
-    rows = min(CHUNK_ROWS, tokens)
+    rows = min(CHUNK_ROWS[device], tokens)
     return Memory(
         weights=4 * total,
         gradients=4 * total,
         optimizer=8 * total,
-        copies=2 * total if precision == "bfloat16" else 0,
+        copies=2 * cast if precision == "bfloat16" else 0,
         activations=tokens * per_token,
         loss=4 * head
         + rows * model.vocab_size * (4 + BYTES[precision])
@@ -132,7 +156,12 @@ def _operations(config: RunConfig) -> str:
 
 def _memory(config: RunConfig) -> str:
     precisions = list(BYTES) if config.train.precision == "auto" else [config.train.precision]
-    estimates = [training_memory(config, precision) for precision in precisions]
+    devices = list(DEVICES) if config.train.device == "auto" else [config.train.device]
+    estimates = {
+        f"{DEVICES[device]} {precision}": training_memory(config, precision, device)
+        for device in devices
+        for precision in precisions
+    }
     rows, T = config.train.micro_batch_size, config.context_length
     labels = {
         "weights": "weights, 4 bytes each",
@@ -142,10 +171,11 @@ def _memory(config: RunConfig) -> str:
         "activations": f"activations of {rows} rows x {T} tokens",
         "loss": "loss and head",
     }
-    lines = [f"{'training memory of one device, GiB':<44}" + "".join(f"{precision:>10}" for precision in precisions)]
+    lines = [f"{'training memory of one device, GiB':<44}" + "".join(f"{column:>15}" for column in estimates)]
     for field, label in labels.items():
-        lines.append(f"{label:<44}" + "".join(f"{getattr(memory, field) / GIB:>10.3f}" for memory in estimates))
-    lines.append(f"{'together':<44}" + "".join(f"{sum(memory) / GIB:>10.3f}" for memory in estimates))
+        numbers = "".join(f"{getattr(memory, field) / GIB:>15.3f}" for memory in estimates.values())
+        lines.append(f"{label:<44}{numbers}")
+    lines.append(f"{'together':<44}" + "".join(f"{sum(memory) / GIB:>15.3f}" for memory in estimates.values()))
     return "\n".join([*lines, FORMULA])
 
 

@@ -7,14 +7,18 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data.config import SOURCE_KINDS, SourceConfig
 from model import MoEForCausalLM
+from model.flops import count_parameters
 from train.config import RunConfig, from_dict, load_config, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 FAMILIES = sorted({path.parent for path in CONFIGS if path.name == "sft.yaml"})
+MOE_FAMILIES = [path for path in CONFIGS if path.parent.name == "families" and path.stem != "common"]
+TWINS = [path for path in MOE_FAMILIES if path.stem.endswith("_dense")]
 
 
 def name_of(path: Path) -> str:
@@ -70,7 +74,7 @@ def uncommented_keys(path: Path) -> set[str]:
         if key := re.match(r"\s*(?:- )?([a-z_0-9]+):\s*[^#\s]", line):
             found[key[1]] = found.get(key[1], False) or " #" in line or above.strip().startswith("#")
     uncommented = {key for key, commented in found.items() if not commented} - {"base"}
-    base = re.search(r"^base: *([^ #]+)", "\n".join(lines), re.MULTILINE)
+    base = re.search(r"^base: *([^ #\n]+)", "\n".join(lines), re.MULTILINE)
     parent_keys = (
         re.findall(r"^\s*(?:- )?([a-z_0-9]+): *[^#\s].* #", (path.parent / base[1]).read_text(), re.MULTILINE)
         if base
@@ -167,6 +171,48 @@ def test_family_pretrains_and_fine_tunes_scaled_down(family, folder):
         losses = [row["loss"] for row in rows if row["kind"] == "train"]
         assert len(losses) == 2, f"two steps were asked for, the rows are {rows}"
         assert all(0 < loss < 7 for loss in losses), f"losses {losses} beside ln(300) = 5.7 of a guess"
+
+
+@pytest.mark.usefixtures("signal_handlers")
+@pytest.mark.parametrize("path", MOE_FAMILIES, ids=name_of)
+def test_moe_family_trains_scaled_down(path, folder):
+    from train.loop import train
+
+    config = scaled_down(load_config(path), folder)
+    assert config.model.moe_layers or path in TWINS, "scaled down, the family has no experts left to train"
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert len(losses) == 2, f"two steps were asked for, the rows are {rows}"
+    assert all(0 < loss < 7 for loss in losses), f"losses {losses} beside ln(300) = 5.7 of a guess"
+
+
+@pytest.mark.parametrize("path", [path for path in MOE_FAMILIES if path not in TWINS], ids=name_of)
+def test_a_moe_family_says_everything_that_makes_it_itself(path):
+    """Every key of routing, shared experts and balance stands in the family's own file, not in a parent or a default."""
+    keys = set(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
+    routing = {
+        "hidden_act", "gated_ffn", "use_qk_norm", "intermediate_size", "moe_intermediate_size", "n_routed_experts",
+        "n_shared_experts", "shared_expert_gate", "num_experts_per_tok", "first_k_dense_replace", "mlp_only_layers",
+        "scoring_func", "norm_topk_prob", "routed_scaling_factor", "aux_loss_level", "aux_loss_alpha",
+        "router_z_loss_coef", "router_bias_update_rate", "router_jitter_noise",
+    }  # fmt: skip
+    assert keys >= routing, f"left to a default: {routing - keys}"
+
+
+@pytest.mark.parametrize("path", TWINS, ids=name_of)
+def test_a_dense_twin_is_one_changed_key_and_as_wide_as_the_active_experts(path):
+    twin, family = load_config(path), load_config(path.with_name(path.name.replace("_dense", "")))
+    expected = dataclasses.asdict(family.model) | {"n_routed_experts": 0}
+    assert dataclasses.asdict(twin.model) == expected
+    assert dataclasses.asdict(twin.train) == dataclasses.asdict(family.train)
+    counts, twin_counts = count_parameters(family.model), count_parameters(twin.model)
+    networks = ("dense FFN", "routed experts", "shared experts")
+    active = sum(counts[part].active for part in networks if part in counts)
+    assert active == twin_counts["dense FFN"].active, "feed-forward parameters that a token uses"
+    routing = {"router", "shared expert gate"}
+    for part in (counts.keys() | twin_counts.keys()) - routing - set(networks):
+        assert counts[part] == twin_counts[part], part
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)

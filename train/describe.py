@@ -13,10 +13,12 @@ from data.tokenizer import Tokenizer
 from model import MoEForCausalLM
 from model.balance import load_statistics
 from model.flops import flops_per_token, total_count
+from model.products import float32_library
 from train.config import RunConfig
 from train.distributed import World
 from train.guard import StepGuard
 from train.plan import Plan
+from train.precision import resolve_precision
 from train.progress import Clock, Progress
 
 if TYPE_CHECKING:
@@ -59,11 +61,11 @@ def start_text(
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     lines = [
         f"run        {config.run_dir}, seed {config.seed}" + (f", resumed at step {step}" if step else ""),
-        f"devices    {world.size} process(es) on {device}, {world.threads} thread(s) each, {precision}, "
-        f"compile {'on' if compiled else 'off'}",
+        f"devices    {world.size} process(es) on {device}, {world.threads} thread(s) each, "
+        f"{_arithmetic(precision, world.device)}, compile {'on' if compiled else 'off'}",
         f"model      {count.total:,} parameters, {count.active:,} active for a token; {flops / 1e6:,.1f} MFLOP per trained token",
         f"attention  {c.num_attention_heads} query and {c.num_key_value_heads} key-value heads of {c.head_dim}, "
-        f"{_attention_kernel(config.data.document_mask or config.data.format == 'chat')}",
+        f"{_attention_kernel(config.data.document_mask or config.data.format == 'chat', precision, world.device)}",
         f"experts    {experts}",
         f"data       {', '.join(prepared.names)}: {rows.rows_per_epoch:,} rows of {plan.context_length} tokens an epoch"
         + _skipped(prepared, rows),
@@ -75,8 +77,20 @@ def start_text(
     return "\n".join(lines)
 
 
-def _attention_kernel(masked: bool) -> str:
-    return "scaled_dot_product_attention, " + ("document mask" if masked else "causal")
+def _arithmetic(precision: str, device: torch.device) -> str:
+    """The precision, and what of the processor decided how it is computed."""
+    if device.type != "cpu":
+        return precision
+    if precision == "bfloat16":
+        able = "has" if resolve_precision("auto", device) == "bfloat16" else "lacks"
+        return f"bfloat16 (the processor {able} the instructions for it)"
+    return f"float32 (products by {float32_library()})"
+
+
+def _attention_kernel(masked: bool, precision: str, device: torch.device) -> str:
+    written_out = device.type == "cpu" and precision == "bfloat16"
+    kernel = "attention written out" if written_out else "scaled_dot_product_attention"
+    return f"{kernel}, {'document mask' if masked else 'causal'}"
 
 
 def _skipped(prepared: Prepared, rows: TrainRows) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from train.cli import USER_ERROR
 from train.config import TrainConfig
+from train.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def start(config: TrainConfig) -> World:
         1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // here
     )
     torch.set_num_threads(threads)
+    keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:

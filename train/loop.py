@@ -272,13 +272,12 @@ def _without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _compile(model: MoEForCausalLM, config: RunConfig, world: World, precision: str) -> bool:
-    """torch.compile of each decoder layer in place. grouped_mm compiles in bfloat16 only, and a CPU gains little."""
+    """torch.compile of the layers. grouped_mm compiles in bfloat16 only, and a CPU gains little."""
     wanted = config.train.compile
     able = world.device.type == "cuda" and precision == "bfloat16" and importlib.util.find_spec("triton") is not None
     on = wanted == "on" or (wanted == "auto" and able)
     if on:
-        for layer in model.layers:
-            layer.compile(dynamic=False)  # every micro-batch has the same shape
+        model.compile_layers()
     return on
 
 

@@ -117,3 +117,57 @@ def test_greedy_generation_is_the_cpus():
     prompts = [[5, 6, 7, 8], [9, 10]]
     ours, theirs = (generate(m.eval(), prompts, max_new_tokens=12, temperature=0) for m in (on_cpu, on_gpu))
     assert ours == theirs
+
+
+def test_a_training_step_does_not_wait_for_the_device():
+    """No host synchronisation in forward, backward, clipping and optimizer: only logging may wait."""
+    _, model = twins(hidden_size=128, moe_intermediate_size=128)
+    optimizer = build_optimizer(model, TrainConfig(steps=1))
+    inputs = {key: value.cuda() for key, value in batch(False).items()}
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = model(**inputs, return_logits=False)
+        (out.loss + out.aux_loss).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        step_if(optimizer, torch.isfinite(norm))
+        optimizer.zero_grad()
+
+    step()  # first uses of kernels and of the optimizer's state may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_experts_in_bfloat16_are_the_loop_in_float32(gated):
+    """Forward and every gradient; the kernel of grouped_mm is bfloat16's alone."""
+    shape = {
+        "hidden_size": 128,
+        "moe_intermediate_size": 64,
+        "gated_ffn": gated,
+        "hidden_act": "silu" if gated else "gelu",
+    }
+    results = []
+    for backend, precise in (("loop", True), ("grouped", False)):
+        _, model = twins(**shape, expert_backend=backend)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=not precise):
+            out = model(**{key: value.cuda() for key, value in batch(False).items()}, return_logits=False)
+        out.loss.backward()
+        results.append({"loss": out.loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    for name, exact in results[0].items():
+        error = (results[1][name] - exact).norm() / exact.norm()
+        assert error < 0.03, f"{name}: relative error {error:.4f}"
+
+
+@pytest.mark.slow
+def test_the_decoder_layer_compiles_without_a_graph_break():
+    _, model = twins(hidden_size=128, moe_intermediate_size=128)
+    for layer in model.layers:
+        layer.compile(dynamic=False, fullgraph=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = model(**{key: value.cuda() for key, value in batch(False).items()}, return_logits=False)
+    (out.loss + out.aux_loss).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

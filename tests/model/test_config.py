@@ -10,6 +10,7 @@ MISTAKES = [
     ({"head_dim": 7}, "head_dim: 7"),
     ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5"),
     ({"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok: 1"),
+    ({"n_shared_experts": 0, "shared_expert_gate": True}, "shared_expert_gate: true"),
     ({"mlp_only_layers": [8]}, "mlp_only_layers: layer 8"),
     ({"mlp_only_layers": [-1]}, "mlp_only_layers: layer -1"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling: rope_type 'linear'"),
@@ -67,6 +68,12 @@ def test_every_optional_effect_is_off_by_default():
     off = (config.dropout, config.router_jitter_noise, config.router_z_loss_coef, config.router_bias_update_rate)
     assert off == (0, 0, 0, 0)
     assert (config.routed_scaling_factor, config.scoring_func, config.rope_scaling) == (1.0, "softmax", None)
+
+
+def test_a_dense_model_may_keep_the_keys_of_its_moe():
+    """So that a dense twin is one changed key."""
+    config = ModelConfig(n_routed_experts=0, n_shared_experts=0, shared_expert_gate=True, num_experts_per_tok=1)
+    assert config.moe_layers == []
 
 
 def test_two_configurations_share_no_list():

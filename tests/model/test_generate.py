@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from model import generate as generate_module
 from model.generate import generate, stream
 
 MODELS = {
@@ -181,11 +182,29 @@ def test_the_mode_is_not_changed_and_nothing_is_counted(tiny_model):
     assert not model.training and not model.routing_counts()[0].any()
 
 
-def test_generation_under_autocast(tiny_model):
-    model = tiny_model().eval()
+def test_autocast_changes_nothing_on_a_cpu(tiny_model, monkeypatch):
+    """A token is bound by reading the weights, so they are read as they are: float32 logits, bit for bit, and cache."""
+    model = tiny_model(use_qk_norm=True).eval()
+    dtypes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    expected = generate(model, PROMPTS, max_new_tokens=12, seed=3, top_k=40)
+    caches, cache = [], generate_module.KVCache
+    monkeypatch.setattr(generate_module, "KVCache", lambda *args: caches.append(cache(*args)) or caches[-1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        together = generate(model, PROMPTS, max_new_tokens=5, temperature=0)
-    assert [len(row) for row in together] == [5] * 4
+        together = generate(model, PROMPTS, max_new_tokens=12, seed=3, top_k=40)
+        alone = []
+        for token in stream(model, PROMPTS[0], max_new_tokens=12, temperature=0):
+            alone.append(token)
+            assert torch.is_autocast_enabled("cpu"), "between tokens autocast is the caller's"
+        assert (torch.randn(2, 2) @ torch.randn(2, 2)).dtype == torch.bfloat16, "and afterwards"
+    assert together == expected and set(dtypes) == {torch.float32}
+    assert alone == generate(model, PROMPTS[:1], max_new_tokens=12, temperature=0)[0]
+    assert {layer.dtype for c in caches for layer in c.layers} == {torch.float32}
+
+
+def test_a_bfloat16_model_generates(tiny_model):
+    model = tiny_model(dtype=torch.bfloat16).eval()
+    assert [len(row) for row in generate(model, PROMPTS, max_new_tokens=5, temperature=0)] == [5] * 4
 
 
 @pytest.mark.parametrize(

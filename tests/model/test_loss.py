@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import loss as loss_module
+from model import products
 from model.loss import IGNORE, chunked_cross_entropy
 
 D, V, CHUNK = 8, 19, 16
@@ -13,7 +14,7 @@ D, V, CHUNK = 8, 19, 16
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_ROWS", CHUNK)
+    monkeypatch.setitem(loss_module.CHUNK_ROWS, "cpu", CHUNK)
 
 
 def problem(N: int, dtype=torch.float32, ignored: float = 0.3):
@@ -48,6 +49,16 @@ def test_float32_is_near():
     ours, theirs = both(*problem(50))
     assert ours[0].dtype == torch.float32
     for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
+def test_either_library_multiplies_the_same(library, monkeypatch):
+    """Chunks of enough rows for oneDNN, and a last one of too few."""
+    if library == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "float32_library", lambda: library)
+    for a, b in zip(*both(*problem(2 * CHUNK + 3)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 

@@ -5,10 +5,21 @@ import math
 import pytest
 import torch
 
+from model import experts, products, segmented_ffn
 from model.experts import FEW_ASSIGNMENTS
 from model.moe import MoEFeedForward
 
 D = 16
+
+
+@pytest.fixture(params=["loop", "grouped", "grouped_mm"])
+def backend(request, monkeypatch) -> str:
+    """`expert_backend`, as a CPU runs it; the last is `grouped` as a GPU does."""
+    if request.param != "grouped_mm":
+        return request.param
+    monkeypatch.setattr(segmented_ffn, "DTYPES", ())
+    monkeypatch.setattr(experts, "uses_onednn", lambda x: False)
+    return "grouped"
 
 
 @pytest.fixture
@@ -57,7 +68,10 @@ def reference_moe(moe: MoEFeedForward, x: torch.Tensor) -> torch.Tensor:
             into = shared.up_proj.weight
             if config.gated_ffn:
                 into = torch.cat((shared.gate_proj.weight, into))
-            y = y + ffn(token, into, shared.down_proj.weight)
+            of_shared = ffn(token, into, shared.down_proj.weight)
+            if moe.shared_expert_gate is not None:
+                of_shared = of_shared / (1 + (-(moe.shared_expert_gate.weight[0] @ token)).exp())
+            y = y + of_shared
         rows.append(y)
     return torch.stack(rows).view_as(x)
 
@@ -67,6 +81,7 @@ SETTINGS = {
     "plain": {"gated_ffn": False},
     "no shared expert": {"n_shared_experts": 0},
     "two shared experts": {"n_shared_experts": 2},
+    "gated shared experts": {"n_shared_experts": 2, "shared_expert_gate": True},
     "k=1": {"num_experts_per_tok": 1, "norm_topk_prob": False},
     "k=E": {"num_experts_per_tok": 5},
     "one expert": {"n_routed_experts": 1, "num_experts_per_tok": 1},
@@ -86,7 +101,6 @@ def gradients(moe: MoEFeedForward, x: torch.Tensor, y: torch.Tensor, probe: torc
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("setting", list(SETTINGS))
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_every_path_is_the_reference_forward_and_backward(make_moe, backend, setting, shape):
     moe = make_moe(expert_backend=backend, **SETTINGS[setting])
     x = torch.randn(*SHAPES[shape], moe.config.hidden_size, requires_grad=True)
@@ -113,7 +127,6 @@ def test_every_path_is_the_reference_forward_and_backward(make_moe, backend, set
 
 
 @pytest.mark.parametrize("expert", [0, 4])
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_all_tokens_to_one_expert(make_moe, backend, expert):
     moe = make_moe(expert_backend=backend, num_experts_per_tok=1, norm_topk_prob=False)
     x = torch.randn(2, 20, D)
@@ -131,7 +144,6 @@ def test_all_tokens_to_one_expert(make_moe, backend, expert):
         torch.testing.assert_close(moe.eval()(x)[0], expected, atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("N", [1, FEW_ASSIGNMENTS // 2, FEW_ASSIGNMENTS // 2 + 1, 40])
 def test_moe_infer_is_the_weighted_sum_on_both_sides_of_its_shortcut(make_moe, N, backend):
     moe = make_moe(expert_backend=backend).eval()
@@ -149,6 +161,32 @@ def test_moe_infer_of_no_tokens(make_moe):
     moe = make_moe().eval()
     y = moe.moe_infer(torch.zeros(0, D), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1))
     assert y.shape == (0, D)
+
+
+@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_either_library_computes_the_same(make_moe, monkeypatch, setting, library):
+    """Enough tokens that segments are padded for oneDNN, in training and in moe_infer; router's gradient among the rest."""
+    if library == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "float32_library", lambda: library)
+    moe, loop = (make_moe(expert_backend=b, **SETTINGS[setting]) for b in ("grouped", "loop"))
+    loop.double()
+    x = torch.randn(4, 30, moe.config.hidden_size, requires_grad=True)
+    wide_x, probe = x.detach().double().requires_grad_(), torch.randn_like(x)
+    assert (moe.experts.segment_alignment(x.flatten(0, 1), moe.config.num_experts_per_tok) > 1) == (
+        library == "oneDNN" and setting != "many experts, most idle"
+    )
+    y, expected = moe(x)[0], loop(wide_x)[0]
+    torch.testing.assert_close(y.double(), expected, atol=3e-5, rtol=1e-5)
+    wanted = gradients(loop, wide_x, expected, probe.double())
+    for name, value in gradients(moe, x, y, probe).items():
+        scale = max(1.0, float(wanted[name].abs().max()))
+        torch.testing.assert_close(
+            value.double(), wanted[name], atol=3e-5 * scale, rtol=0, msg=lambda m, name=name: f"gradient of {name}: {m}"
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(moe.eval()(x)[0].double(), expected.detach(), atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("N", "few"), [(FEW_ASSIGNMENTS // 2, True), (FEW_ASSIGNMENTS // 2 + 1, False)])
@@ -169,7 +207,6 @@ def test_evaluation_takes_moe_infer_and_training_does_not(make_moe, monkeypatch,
     assert calls == (["moe_infer", "run_few"] if few else ["moe_infer"])
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("setting", ["default", "plain", "k=1", "k=E", "odd widths"])
 def test_bfloat16_autocast_is_near_float32(make_moe, backend, setting):
     """The router stays float32, so the choice is the same and only the products are rounded: within 3 % of the largest value."""
@@ -212,7 +249,6 @@ def test_gradcheck_of_the_whole_layer_in_float64(make_moe, scoring, level):
     assert torch.autograd.gradcheck(function, (x, *moe.parameters()))
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_the_same_step_gives_the_same_bits(make_moe, backend):
     x = torch.randn(4, 32, D, requires_grad=True)
     probe = torch.randn_like(x)
@@ -258,6 +294,40 @@ def test_jitter_reaches_router_and_routed_experts_but_not_the_shared(make_moe):
     torch.testing.assert_close(routing.logits, expected_routing.logits)
     moe.eval()
     torch.testing.assert_close(moe.compute(x)[0], plain.compute(x)[0] + shared(x), msg="evaluation has no noise")
+
+
+@pytest.mark.parametrize("path", ["train", "eval"])
+def test_the_shared_gate_multiplies_the_shared_output_and_nothing_else(make_moe, path):
+    moe = make_moe(shared_expert_gate=True).train(path == "train")
+    x = torch.randn(2, 11, D)
+    with torch.set_grad_enabled(path == "train"):
+        half_open, routing = moe.compute(x)
+        shared, gate = moe.shared_experts(x), moe.shared_expert_gate(x).sigmoid()  # (2, 11, D), (2, 11, 1)
+        moe.shared_expert_gate = None
+        open_, same_routing = moe.compute(x)
+        moe.shared_experts = None
+        routed, _ = moe.compute(x)
+    torch.testing.assert_close(half_open, routed + gate * shared)
+    torch.testing.assert_close(open_, routed + shared)
+    assert torch.equal(routing.topk_weight, same_routing.topk_weight)
+    assert gate.min() < 0.1 and gate.max() > 0.9, "a gate that is nearly the same for every token shows little"
+
+
+def test_the_shared_gate_learns_and_starts_half_open(make_moe, tiny_config):
+    moe = make_moe(shared_expert_gate=True)
+    moe(torch.randn(2, 11, D))[0].square().sum().backward()
+    assert moe.shared_expert_gate.weight.grad.abs().max() > 0.01
+    fresh = MoEFeedForward(tiny_config(shared_expert_gate=True))
+    opened = fresh.shared_expert_gate(torch.randn(50, 32)).sigmoid()
+    assert (opened - 0.5).abs().max() < 0.2
+    assert make_moe().shared_expert_gate is None
+
+
+def test_jitter_does_not_reach_the_shared_gate(make_moe):
+    moe = make_moe(shared_expert_gate=True, router_jitter_noise=0.4)
+    moe.experts.down_proj.data.zero_()
+    x = torch.randn(2, 11, D)
+    assert torch.equal(moe.compute(x)[0], moe.compute(x)[0]), "without routed experts nothing is noisy"
 
 
 def test_the_mask_hides_padding_from_the_losses_alone(make_moe):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model import MoEForCausalLM
+from model import MoEForCausalLM, attention, experts, segmented_ffn
 from model.flops import total_count
 from scripts import inspect_model
 from train.config import load_config
@@ -45,10 +46,26 @@ def kept_for_backward(config, precision: str) -> int:
         return tensor
 
     ids = torch.randint(0, config.model.vocab_size, (rows, T))
+    documents = (torch.arange(T) // 10).expand(rows, T) if config.data.document_mask else None
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model(ids, labels=ids, return_logits=False)
+        model(ids, labels=ids, document_ids=documents, return_logits=False)
     return sum(size for size, _ in kept.values())
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, monkeypatch) -> str:
+    """With `cuda`, what a GPU runs through experts and attention, on this CPU: autograd around grouped_mm, no padding of
+    segments, and attention's own kernel."""
+    if request.param == "cuda":
+        monkeypatch.setattr(segmented_ffn, "DTYPES", ())
+        monkeypatch.setattr(experts, "uses_onednn", lambda x: False)
+
+        def fused(q, k, v, mask, dropout):
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=True)
+
+        monkeypatch.setattr(attention, "attend_by_products", fused)
+    return request.param
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -60,14 +77,41 @@ def kept_for_backward(config, precision: str) -> int:
         ["model.n_routed_experts=0"],
         ["model.gated_ffn=false"],
         ["model.num_experts_per_tok=4", "model.n_shared_experts=2"],
+        ["model.num_experts_per_tok=6", "model.n_shared_experts=0", "model.moe_intermediate_size=256"],
         ["model.first_k_dense_replace=2"],
+        ["data.document_mask=true"],
+        ["model.num_attention_heads=16", "model.max_position_embeddings=512"],
     ],
+    ids=lambda changes: ",".join(change.split(".")[1] for change in changes) or "plain",
 )
-def test_activations_are_within_a_quarter_of_what_autograd_keeps(config_file, changes, precision):
+def test_activations_are_within_a_quarter_of_what_autograd_keeps(config_file, changes, precision, device):
     config = load_config(config_file, changes)
-    estimate = inspect_model.training_memory(config, precision).activations
+    estimate = inspect_model.training_memory(config, precision, device).activations
     measured = kept_for_backward(config, precision)
     assert estimate == pytest.approx(measured, rel=0.25), f"estimate {estimate:,} bytes, autograd keeps {measured:,}"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_shares_of_attention_written_out_are_those_of_its_blocks(config_file, masked, monkeypatch):
+    """A causal block of queries scores the keys up to its own end, a masked one all: exactly, heads times queries times keys."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 48)
+    monkeypatch.setattr(inspect_model, "QUERY_BLOCK", 48)
+    H, T = 4, 128
+    kept = []
+    q, k, v = (torch.randn(1, heads, T, 8, requires_grad=True) for heads in (H, 2, 2))
+    mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril() if masked else None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attention.attend_by_products(q, k, v, mask, 0.0)
+    shares = {t.data_ptr(): t.numel() for t in kept if t.dim() == 3 and 8 not in t.shape}  # keys and values have an 8
+    assert sum(shares.values()) == H * T * (T if masked else inspect_model._mean_keys(T))
+
+
+def test_a_gpu_is_estimated_to_keep_more_of_experts_and_less_of_attention(config_file):
+    config = load_config(config_file, ["model.max_position_embeddings=2048"])
+    by_device = {d: inspect_model.training_memory(config, "bfloat16", d).activations for d in ("cpu", "cuda")}
+    assert by_device["cpu"] > by_device["cuda"], "the shares of 2,048 keys outweigh all else"
+    by_device = {d: inspect_model.training_memory(config, "float32", d).activations for d in ("cpu", "cuda")}
+    assert by_device["cpu"] < by_device["cuda"]
 
 
 def test_checkpointing_is_estimated_to_keep_far_less(config_file):
@@ -139,6 +183,9 @@ def test_epochs_of_prepared_data_are_counted_as_the_loop_counts_them(config_file
     assert f"2.5 epochs of {rows} rows" in how
 
 
-def test_a_set_precision_is_the_only_one_shown(config_file, monkeypatch, capsys):
+def test_a_set_precision_and_device_are_the_only_ones_shown(config_file, monkeypatch, capsys):
     page = run([str(config_file), "train.precision=float32"], monkeypatch, capsys)
-    assert "bfloat16" not in page
+    assert "CPU float32" in page and "CUDA float32" in page
+    assert "CPU bfloat16" not in page and "CUDA bfloat16" not in page
+    page = run([str(config_file), "train.precision=float32", "train.device=cpu"], monkeypatch, capsys)
+    assert "CPU float32" in page and "CUDA float32" not in page

@@ -24,3 +24,9 @@ def test_a_module_opens_without_the_optional_packages(module):
     code = CODE.format(absent=ABSENT, module=module)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-600:]
+
+
+def test_the_model_opens_without_the_compiler():
+    """torch._dynamo takes a second to import, and a decorator of torch.compiler is enough to import it."""
+    code = "import sys, model, train.loop; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment()).returncode == 0
