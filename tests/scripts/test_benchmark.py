@@ -1,0 +1,140 @@
+"""scripts.benchmark: what it computes from seconds, and the command itself on a model of seconds."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from model import MoEForCausalLM
+from model.flops import flops_per_token
+from scripts import benchmark, contestants, peers
+from scripts.contestants import Contestant, Field
+
+TINY = contestants._size(
+    2, 32, vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, n_routed_experts=4,
+    num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=16,
+)  # fmt: skip
+FLOAT32 = Field(torch.device("cpu"), "float32", peers=True, compiled=False, minimind=None)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(contestants.SIZES, "cpu-16", TINY)
+    monkeypatch.setattr(contestants, "PROMPT", 24)
+    monkeypatch.setattr(contestants, "NEW_TOKENS", 6)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
+def test_ratios_are_medians_of_the_rounds_own_ratios():
+    # In round 2 the machine is ten times slower for both: the ratio of medians would be the same, of means not.
+    seconds = {("ours", "float32"): [2.0, 30.0, 4.0], (contestants.TWIN, "float32"): [1.0, 10.0, 1.0]}
+    assert benchmark.ratio(seconds, ("ours", "float32"), (contestants.TWIN, "float32")) == 3.0
+    assert benchmark.ratio(seconds, ("ours", "float32"), ("absent", "float32")) is None
+
+
+def test_row_has_the_figures_of_its_contestant():
+    contestant = Contestant("ours", "bfloat16", lambda: None, tokens=100, flops=1e9)
+    seconds = {
+        ("ours", "bfloat16"): [0.5, 0.4, 0.6],
+        ("ours", "float32"): [1.0, 0.8, 1.2],
+        (contestants.TWIN, "bfloat16"): [0.25, 0.2, 0.3],
+        (peers.DENSE, "bfloat16"): [1.0, 0.8, 1.2],
+    }
+    row = benchmark.row_of(contestant, seconds, peak=1e10, memory=1.5)
+    assert row["seconds"] == 0.5 and row["tokens_per_second"] == 200
+    assert (row["ratio_to_twin"], row["ratio_to_dense_peer"], row["speed_to_float32"]) == (2.0, 0.5, 2.0)
+    assert row["mfu"] == pytest.approx(0.2) and row["peak_memory_gib"] == 1.5
+    assert row["speed_to_transformers"] is None
+
+
+def test_generation_is_compared_with_transformers():
+    seconds = {("ours, one stream", "float32"): [1.0, 1.0], ("transformers, one stream", "float32"): [3.0, 2.0]}
+    row = benchmark.row_of(Contestant("ours, one stream", "float32", lambda: None, 10, 0.0), seconds, None, None)
+    assert row["speed_to_transformers"] == 2.5 and row["mfu"] is None
+
+
+def test_table_leaves_out_columns_without_figures():
+    contestant = Contestant("ours, one stream", "float32", lambda: None, 10, 0.0)
+    text = benchmark.table([benchmark.row_of(contestant, {contestant.key: [1.0]}, None, None)])
+    assert "tokens/s" in text and "MFU" not in text and "twin" not in text
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("size", contestants.SIZES.values(), ids=list(contestants.SIZES))
+def test_twin_has_the_same_work_but_for_the_router(size):
+    model, router = size.model, size.model.hidden_size * size.model.n_routed_experts * size.model.num_hidden_layers
+    assert flops_per_token(model, size.context) - flops_per_token(size.twin(), size.context) == 6 * router
+
+
+def test_peers_are_as_large_as_ours():
+    count = lambda model: sum(parameter.numel() for parameter in model.parameters())  # noqa: E731
+    gates, norms = 2 * 32, 2 * 2 * 8  # their shared gate; our QK-norm, which Qwen2-MoE lacks
+    assert count(peers.moe_peer(TINY.model, "eager")) - gates == count(MoEForCausalLM(TINY.model)) - norms
+    assert count(peers.dense_peer(TINY.twin())) == count(MoEForCausalLM(TINY.twin()))
+
+
+def test_copied_weights_compute_the_same():
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY.model, use_qk_norm=False)
+    ours, theirs = MoEForCausalLM(config).eval(), peers.moe_peer(config, "grouped_mm").eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    peers.copy_weights(ours, theirs)
+    ids = torch.randint(64, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_generation_that_differs_from_transformers_is_an_error(tiny, monkeypatch):
+    monkeypatch.setattr(peers, "copy_weights", lambda ours, theirs: None)
+    with pytest.raises(ValueError, match="tokens differ"):
+        contestants.generation(TINY, FLOAT32)
+
+
+def test_command_measures_everyone_and_writes_json(tiny, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "result.json"
+    arguments = ["--size", "cpu-16", "--work", "train", "evaluate", "generate", "--precision", "float32", "bfloat16"]
+    monkeypatch.setattr(
+        "sys.argv", ["benchmark", *arguments, "--device", "cpu", "--rounds", "2", "--no-memory", "--json", str(file)]
+    )
+    benchmark.main()
+    result = json.loads(file.read_text())
+    assert [part["work"] for part in result["results"]] == ["train", "evaluate", "generate"]
+    train = {(row["name"], row["precision"]): row for row in result["results"][0]["rows"]}
+    assert set(train) == {(name, p) for name in FLOAT32.names() for p in ("float32", "bfloat16")}
+    assert all(row["tokens_per_second"] > 0 and 0 < row["mfu"] for row in train.values())
+    assert train[contestants.TWIN, "float32"]["ratio_to_twin"] == 1.0
+    speaking = {row["name"]: row for row in result["results"][2]["rows"] if row["precision"] == "float32"}
+    assert speaking["ours, one stream"]["speed_to_transformers"] > 0
+    printed = capsys.readouterr().out
+    assert "time / our twin" in printed and "torch " in printed
+
+
+def test_training_contestants_learn(tiny):
+    contestant = contestants.training(contestants.OURS, TINY, FLOAT32)
+    model = contestant.work.__closure__  # the step holds the model it trains
+    model = next(cell.cell_contents for cell in model if isinstance(cell.cell_contents, MoEForCausalLM))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    contestant.work()
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--rounds", "0"], "--rounds: 0"), (["--minimind", "nowhere", "--work", "train"], "model/model_minimind.py")],
+)
+def test_mistakes_end_in_a_sentence(tiny, monkeypatch, arguments, words):
+    monkeypatch.setattr("sys.argv", ["benchmark", "--size", "cpu-16", "--device", "cpu", *arguments])
+    with pytest.raises(ValueError, match=words):
+        benchmark.main()
+
+
+@pytest.mark.slow
+def test_peak_memory_grows_with_the_model():
+    wide = dataclasses.replace(
+        TINY, model=dataclasses.replace(TINY.model, moe_intermediate_size=8192, n_routed_experts=32)
+    )
+    small, large = (benchmark.peak_memory(contestants.OURS, size, FLOAT32, "train") for size in (TINY, wide))
+    weights = 4 * 2 * 32 * 3 * 32 * 8192 / 2**30
+    assert small < 0.2 and 4 * weights < large < 8 * weights, (small, large, weights)
