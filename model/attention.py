@@ -11,6 +11,7 @@ from model.layers import RMSNorm, rotate
 from model.products import Linear, without_autocast
 
 QUERY_BLOCK = 512  # queries whose scores exist at once where attention is written out
+LONG = 2048  # tokens from which torch's kernel is as fast, and keeps no scores
 
 
 class KVCache:
@@ -23,10 +24,9 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (2 * config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.layers = torch.zeros(shape, device=device, dtype=dtype).unbind(
-            0
-        )  # keys and values of layer 0, of layer 1, ...
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        # Keys and values of layer 0, of layer 1, ...: tensors of their own, so that autograd can follow what is written.
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
         self.max_length = max_length
         self.real = torch.ones(batch_size, max_length, dtype=torch.bool, device=device)  # False: padding
         self.has_padding = False
@@ -70,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
     mask (B or 1, 1, T, S) bool; None is causal, the queries being the last T of S positions (all of them, or one).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] < LONG:
         return attend_by_products(q, k, v, mask, dropout)
     if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
         # On CUDA grouped heads are for flash, which takes no mask; with both, torch falls to the kernel that stores all

@@ -23,7 +23,11 @@ class Activation:
     `gated` is False; times weights (M, 1) float32. -> (M, F), in the dtype of `hidden`."""
 
     def __init__(self, hidden_act: str, gated: bool) -> None:
-        self.act, self.derivative, self.gated = ACTIVATIONS[hidden_act], DERIVATIVES[hidden_act], gated
+        self.hidden_act, self.gated = hidden_act, gated  # the name, because operators cannot be pickled
+
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        return ACTIVATIONS[self.hidden_act]
 
     def __call__(self, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
         if self.gated:
@@ -41,12 +45,14 @@ class Activation:
         acted = self.act(gate)
         activated = acted * up if self.gated else acted
 
+        derivative = DERIVATIVES[self.hidden_act]
+
         def backward(grad: Tensor) -> tuple[Tensor, Tensor]:
             grad_weights = (activated * grad).sum(-1, keepdim=True, dtype=weights.dtype)
             grad = (grad * weights).to(hidden.dtype)
             if not self.gated:
-                return self.derivative(grad, hidden), grad_weights
-            return torch.cat((self.derivative(grad * up, gate), grad * acted), dim=-1), grad_weights
+                return derivative(grad, hidden), grad_weights
+            return torch.cat((derivative(grad * up, gate), grad * acted), dim=-1), grad_weights
 
         return (activated * weights).to(hidden.dtype), backward
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FEW_ROWS = 16  # below so many rows a product is bound by reading the weight, which MKL does as fast
 
@@ -21,13 +22,14 @@ _float32_library = ""  # asked for once a process; no functools.cache, which tor
 
 
 def float32_library() -> str:
-    """`oneDNN` or `MKL` (torch's own): who multiplies float32 matrices on this machine's processor."""
+    """`oneDNN`, or `MKL` or `torch`, which are torch's own choice: who multiplies float32 matrices on this processor."""
     global _float32_library
     if not _float32_library:
         cpuinfo = Path("/proc/cpuinfo")
         amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace")
         wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        _float32_library = "oneDNN" if amd and wide and torch.backends.mkldnn.is_available() else "MKL"
+        own = "MKL" if torch.backends.mkl.is_available() else "torch"
+        _float32_library = "oneDNN" if amd and wide and torch.backends.mkldnn.is_available() else own
     return _float32_library
 
 
@@ -67,6 +69,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight.t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
@@ -77,9 +80,9 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, differentiable: (..., K), (M, K), (M,) -> (..., M). F.linear, by whoever is faster at it."""
     few = x.numel() < FEW_ROWS * x.shape[-1]
-    if few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not uses_onednn(x):
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():  # cannot trace oneDNN's operator
+    if few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)  # torch.compile cannot trace oneDNN's operator
+    if not uses_onednn(x):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     y = _Linear.apply(rows, weight) if torch.is_grad_enabled() else multiply(rows, weight)

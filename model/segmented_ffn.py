@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.feed_forward import Activation
 from model.products import product, product_into
@@ -37,8 +38,8 @@ class SegmentedFFN(torch.autograd.Function):
     ) -> Tensor:
         y = torch.empty_like(rows)
         hiddens = []
-        segments = zip(rows.split(sizes), weights.split(sizes), y.split(sizes), into.unbind(0), down.unbind(0))
-        for row, weight, place, w_into, w_down in segments:
+        by_expert = rows.split(sizes), weights.split(sizes), y.split(sizes), into.unbind(0), down.unbind(0)
+        for row, weight, place, w_into, w_down in zip(*by_expert, strict=True):
             if not len(row):
                 continue
             hidden = product(row, w_into.to(row.dtype).t())  # (n, 2F)
@@ -49,6 +50,7 @@ class SegmentedFFN(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         rows, weights, into, down, *hiddens = ctx.saved_tensors
         grads = [torch.empty_like(tensor) for tensor in (rows, weights, into, down)]

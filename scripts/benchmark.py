@@ -34,7 +34,7 @@ from train.describe import PEAK_BF16_FLOPS
 from train.memory import keep_freed_memory
 from train.precision import resolve_precision
 
-QUICKSTART = Path("configs/quickstart/pretrain.yaml")
+QUICKSTART = "configs/quickstart/pretrain.yaml"
 WORK = ("train", "evaluate", "generate", "start")
 GIB = 2**30
 Seconds = dict[tuple[str, str], list[float]]  # of (contestant, precision), one a round
@@ -47,8 +47,9 @@ def race(competing: list[Contestant], device: torch.device, rounds: int, warm_up
         for _ in range(warm_up):
             contestant.work()
     seconds: Seconds = {contestant.key: [] for contestant in competing}
-    for _ in range(rounds):
-        for contestant in competing:
+    for r in range(rounds):
+        first = r % len(competing)  # nobody always runs behind the same
+        for contestant in competing[first:] + competing[:first]:
             if settle:
                 contestant.work()
             seconds[contestant.key].append(_time(contestant.work, device))
@@ -72,6 +73,16 @@ def ratio(seconds: Seconds, key: tuple[str, str], to: tuple[str, str]) -> float 
     return statistics.median(a / b for a, b in zip(seconds[key], seconds[to], strict=True))
 
 
+def speed_to_transformers(key: tuple[str, str], seconds: Seconds) -> float | None:
+    """How many times as fast as the faster of transformers' ways our generation is; None for all else."""
+    name, precision = key
+    if not name.startswith(f"{contestants.OURS}, "):
+        return None
+    theirs = [(name.replace(contestants.OURS, peer, 1), precision) for peer in peers.EXPERTS.values()]
+    ratios = [r for r in (ratio(seconds, peer, key) for peer in theirs) if r is not None]
+    return min(ratios, default=None)
+
+
 def row_of(contestant: Contestant, seconds: Seconds, peak: float | None, memory: float | None) -> dict:
     """What the table shows and the JSON holds of a contestant."""
     name, precision = contestant.key
@@ -87,11 +98,7 @@ def row_of(contestant: Contestant, seconds: Seconds, peak: float | None, memory:
         "ratio_to_twin": ratio(seconds, contestant.key, (contestants.TWIN, precision)),
         "ratio_to_dense_peer": ratio(seconds, contestant.key, (peers.DENSE, precision)),
         "speed_to_float32": ratio(seconds, (name, "float32"), contestant.key) if precision != "float32" else None,
-        "speed_to_transformers": ratio(
-            seconds, (name.replace(contestants.OURS, contestants.TRANSFORMERS, 1), precision), contestant.key
-        )
-        if name.startswith(f"{contestants.OURS}, ")
-        else None,
+        "speed_to_transformers": speed_to_transformers(contestant.key, seconds),
         "mfu": contestant.flops / median / peak if peak and contestant.flops else None,
         "peak_memory_gib": memory,
     }
@@ -142,6 +149,7 @@ def peak_memory(name: str, size: Size, field: Field, work: str) -> float:
 
 def _measure_memory(sender, name: str, size: Size, field: Field, work: str) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     if field.peers:
         peers.dense_peer(contestants.SIZES["cpu-16"].twin())  # its imports are no part of a model
     before = _peak_resident()
@@ -165,6 +173,8 @@ def measure(size: Size, work: str, fields: list[Field], rounds: int, with_memory
     """One table's rows, of all precisions."""
     device = fields[0].device
     if work == "generate":
+        if device.type == "cpu":  # where `generate` leaves autocast out
+            fields = [dataclasses.replace(fields[0], precision="float32")]
         competing = [contestant for field in fields for contestant in contestants.generation(size, field)]
         seconds = race(competing, device, rounds, 1, settle=False)
         return [row_of(contestant, seconds, None, None) for contestant in competing]
@@ -172,8 +182,9 @@ def measure(size: Size, work: str, fields: list[Field], rounds: int, with_memory
     who = [(name, field) for field in fields for name in field.names()]
     competing = [contestants.BUILD[work](name, size, field) for name, field in who]
     seconds = race([*competing, *products], device, rounds, 3)
-    known = peak_flops(device)
-    peaks = {p.precision: known or p.flops / statistics.median(seconds[p.key]) for p in products}
+    large = {p.precision: p.flops / statistics.median(seconds[p.key]) for p in products}
+    peaks = {precision: peak_flops(device, precision) or rate for precision, rate in large.items()}
+    print("\nMFU is relative to " + ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {p}" for p, peak in peaks.items()))
     memory = [peak_memory(name, size, field, work) if with_memory else None for name, field in who]
     return [row_of(c, seconds, peaks[c.precision], gib) for c, gib in zip(competing, memory, strict=True)]
 
@@ -200,9 +211,9 @@ def profile(contestant: Contestant, device: torch.device, steps: int = 5, lines:
     return "\n".join([*head, *rows, f"| together | {total / steps / 1e3:.2f} | | |"])
 
 
-def peak_flops(device: torch.device) -> float | None:
+def peak_flops(device: torch.device, precision: str) -> float | None:
     """The data sheet's dense bfloat16 rate of a known GPU; None elsewhere: then MFU is relative to a large product."""
-    if device.type != "cuda":
+    if device.type != "cuda" or precision != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
     return PEAK_BF16_FLOPS.get(name)
@@ -240,13 +251,15 @@ def _arguments() -> argparse.Namespace:
     add("--minimind", type=Path, metavar="FOLDER", help="a checkout of MiniMind, to time its MoE as well")
     add("--no-memory", action="store_true", help="without the processes that measure peak memory")
     add("--profile", action="store_true", help="also where the time of our training step goes")
-    add("--config", type=Path, default=QUICKSTART, help=f"for --work start, its data prepared; default {QUICKSTART}")
+    add("--config", default=QUICKSTART, help=f"for --work start, its data prepared; default {QUICKSTART}")
     add("--json", type=Path, metavar="FILE", help="writes the figures there too")
     arguments = parser.parse_args()
     for name in ("rounds", "threads", "rows"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: {value} must be at least 1")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
     return arguments
@@ -264,6 +277,9 @@ def main() -> None:
     precisions = arguments.precision or ([] if on_gpu else ["float32"]) + default
     compiled = on_gpu if arguments.compile is None else arguments.compile
     fields = [Field(device, p, not arguments.no_peers, compiled, arguments.minimind) for p in precisions]
+    about = machine(device, arguments.threads)
+    if "start" in arguments.work:
+        first_step.check_prepared(arguments.config)  # now, rather than after all tables
     results = []
     works = [work for work in arguments.work if work != "start"]
     names = arguments.size or [name for name in contestants.SIZES if name.startswith("gpu" if on_gpu else "cpu")]
@@ -275,17 +291,22 @@ def main() -> None:
             rows = measure(size, work, fields, arguments.rounds, not arguments.no_memory)
             print(f"\n{work}\n\n{table(rows)}", flush=True)
             results.append({"size": name, "tokens": size.tokens, "work": work, "rows": rows})
+            _write(arguments.json, about, results)
         for field in fields if arguments.profile else ():
             ours = contestants.COMPILED if compiled else contestants.OURS
             print(f"\n{profile(contestants.training(ours, size, field), device)}", flush=True)
     if "start" in arguments.work:
-        figures = first_step.measure(arguments.config, max(3, arguments.rounds // 3))
+        figures = first_step.measure(arguments.config, max(3, arguments.rounds // 3), device)
         print(f"\nstart\n\n{first_step.text(figures)}", flush=True)
         results.append({"work": "start", **figures})
-    about = machine(device, arguments.threads)
+        _write(arguments.json, about, results)
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
+
+
+def _write(path: Path | None, about: dict, results: list[dict]) -> None:
+    """After each table, so that what was measured is not lost."""
+    if path is not None:
+        path.write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

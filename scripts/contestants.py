@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from train.precision import autocast_for
 TWIN, OURS, LOOP, COMPILED, TWIN_COMPILED = (
     "our dense twin", "ours", "ours, loop", "ours, compiled", "our dense twin, compiled",
 )  # fmt: skip
-PRODUCT, TRANSFORMERS = "one large product", "transformers"
+PRODUCT = "one large product"
 PROMPT, NEW_TOKENS, STREAMS = 32, 128, 8
 
 
@@ -162,10 +163,10 @@ def generation(size: Size, field: Field) -> list[Contestant]:
     ours = MoEForCausalLM(config).to(field.device).eval()
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.1)  # far from ties, which rounding would decide
-    theirs = None
-    if field.peers:
-        theirs = peers.moe_peer(config, "grouped_mm").to(field.device).eval()
-        peers.copy_weights(ours, theirs)
+    theirs = {label: peers.moe_peer(config, key) for key, label in peers.EXPERTS.items()} if field.peers else {}
+    for model in theirs.values():
+        model.to(field.device).eval()
+        peers.copy_weights(ours, model)
     generator = torch.Generator().manual_seed(1)
     lengths = [PROMPT - 3 * i for i in range(STREAMS)]
     prompts = [torch.randint(1, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
@@ -175,36 +176,28 @@ def generation(size: Size, field: Field) -> list[Contestant]:
         with autocast():
             return generate(ours, prompts, max_new_tokens=NEW_TOKENS, temperature=0)
 
-    def by_them(prompts: list[list[int]]) -> list[list[int]]:
+    def by_them(model: nn.Module, prompts: list[list[int]]) -> list[list[int]]:
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=field.device)
-        mask = torch.tensor(
-            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=field.device
-        )
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=field.device)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=field.device)
         with torch.inference_mode(), autocast():
-            out = theirs.generate(
+            out = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
             )
         return out[:, longest:].tolist()
 
-    contestants = []
-    for count in (1, STREAMS):
-        for name, speak in ((OURS, by_us), (TRANSFORMERS, by_them)):
-            if speak is by_them and theirs is None:
-                continue
-            label = f"{name}, {'one stream' if count == 1 else f'{count} ragged streams'}"
-            contestants.append(
-                Contestant(
-                    label,
-                    field.precision,
-                    lambda speak=speak, count=count: speak(prompts[:count]),
-                    count * NEW_TOKENS,
-                    0.0,
-                )
-            )
-    if theirs is not None and field.precision == "float32" and by_us(prompts) != by_them(prompts):
+    speakers = {OURS: by_us} | {label: functools.partial(by_them, model) for label, model in theirs.items()}
+    if field.precision == "float32" and any(speak(prompts) != by_us(prompts) for speak in speakers.values()):
         raise ValueError("generation: ours and transformers' tokens differ on the same weights; that is a bug")
-    return contestants
+    return [
+        Contestant(
+            f"{name}, {'one stream' if count == 1 else f'{count} ragged streams'}",
+            field.precision, functools.partial(speak, prompts[:count]), count * NEW_TOKENS, 0.0,
+        )
+        for count in (1, STREAMS)
+        for name, speak in speakers.items()
+    ]  # fmt: skip
 
 
 def large_product(field: Field) -> Contestant:

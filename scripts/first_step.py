@@ -21,7 +21,13 @@ from train.plan import rows_of_step
 from train.precision import autocast_for, resolve_precision
 
 
-def seconds_to_first_step(config_path: Path, rounds: int) -> list[float]:
+def check_prepared(config_path: str | Path) -> None:
+    """ValueError, with what to run, if the data of this config are not prepared."""
+    config = load_config(config_path)
+    open_prepared(config.data, Tokenizer.load(config.tokenizer.path))
+
+
+def seconds_to_first_step(config_path: str | Path, rounds: int, device: torch.device) -> list[float]:
     """Wall clock of `python -m train.pretrain`, data prepared, until it reports its first optimizer step; one a round.
 
     ValueError, with the command's own words, if it fails.
@@ -36,7 +42,13 @@ def seconds_to_first_step(config_path: Path, rounds: int) -> list[float]:
                 "train.epochs=null",
                 "train.log_every=1",
             ]
-            overrides += ["train.threads=1", "eval.every=0", "train.warmup_steps=0", "train.compile=off"]
+            overrides += [
+                f"train.device={device.type}",
+                "train.threads=1",
+                "eval.every=0",
+                "train.warmup_steps=0",
+                "train.compile=off",
+            ]
             command = [sys.executable, "-u", "-m", "train.pretrain", str(config_path), *overrides]
             start = time.perf_counter()
             process = subprocess.Popen(
@@ -59,9 +71,8 @@ def seconds_to_first_step(config_path: Path, rounds: int) -> list[float]:
     return seconds
 
 
-def data_share(config: RunConfig, steps: int) -> tuple[float, float]:
+def data_share(config: RunConfig, steps: int, device: torch.device) -> tuple[float, float]:
     """Median seconds of reading a step's rows, and of the step that learns from them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepared = open_prepared(config.data, Tokenizer.load(config.tokenizer.path))
     masked = config.data.document_mask or config.data.format == "chat"
     rows = prepared.train_rows(config.context_length, masked, config.seed)
@@ -87,11 +98,11 @@ def data_share(config: RunConfig, steps: int) -> tuple[float, float]:
     return statistics.median(reading[3:]), statistics.median(learning[3:])
 
 
-def measure(config_path: Path, rounds: int) -> dict:
+def measure(config_path: str | Path, rounds: int, device: torch.device) -> dict:
     """Both, for the run that a config describes; its data must be prepared."""
     config = load_config(config_path)
-    reading, learning = data_share(config, 4 * rounds)
-    start_up = sorted(seconds_to_first_step(config_path, rounds))
+    reading, learning = data_share(config, 4 * rounds, device)
+    start_up = sorted(seconds_to_first_step(config_path, rounds, device))
     return {
         "config": str(config_path),
         "seconds_to_first_step": statistics.median(start_up),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model import ModelConfig, MoEForCausalLM
+from model.flops import total_count
 
 DENSE = "transformers Qwen3"
 EXPERTS = {"eager": "transformers eager", "grouped_mm": "transformers grouped_mm"}
@@ -26,7 +27,7 @@ def _transformers():
     except ImportError:
         raise ValueError(
             "transformers is not installed, and the peers of the benchmark are its classes: pip install -r "
-            "requirements-dev.txt, or leave them out with --peers none"
+            "requirements-dev.txt, or leave them out with --no-peers"
         ) from None
     transformers.logging.set_verbosity_error()
     return transformers
@@ -112,19 +113,25 @@ def minimind_peer(config: ModelConfig, checkout: Path) -> nn.Module:
             "rope_theta", "max_position_embeddings", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
         )
     }  # fmt: skip
-    return module.MiniMindForCausalLM(
+    model = module.MiniMindForCausalLM(
         module.MiniMindConfig(
             **options, use_moe=True, intermediate_size=config.moe_intermediate_size, dropout=0.0, flash_attn=True
         )
     )
+    count, ours = sum(p.numel() for p in model.parameters()), total_count(config).total
+    if abs(count - ours) > 0.01 * ours:  # its config swallows keys it does not know
+        raise ValueError(
+            f"--minimind: {checkout} builds {count:,} parameters where ours has {ours:,}; use commit 83e52f6"
+        )
+    return model
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """A peer's training loss over (B, T) ids, its own way."""
     try:
-        out = model(input_ids=ids, labels=ids)
+        out = model(input_ids=ids, labels=ids, use_cache=False)
     except TypeError:
-        out = model(input_ids=ids)
+        out = model(input_ids=ids, use_cache=False)
     loss = getattr(out, "loss", None)
     if loss is None:
         loss = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())

@@ -4,6 +4,7 @@ Most run in float64, where what must not change changes by less than 1e-9 and wh
 """
 
 import math
+import pickle
 import shutil
 
 import pytest
@@ -620,3 +621,16 @@ def test_compiled_layers_compute_the_same(tiny_model, random_ids):
     assert torch.equal(plain.routing_counts()[0].sum(1), compiled.routing_counts()[0].sum(1))
     for (name, a), (_, b) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
         assert (a.grad - b.grad).norm() <= 0.1 * a.grad.norm() + 1e-3, name
+
+
+def test_a_cache_can_be_used_with_gradients_enabled(tiny_model, random_ids):
+    model, ids = tiny_model().eval(), random_ids(2, 8)
+    cache = KVCache(model.config, 2, 8, torch.device("cpu"), torch.float32)
+    parts = [model(ids[:, :5], cache=cache).logits, model(ids[:, 5:], cache=cache).logits]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu"])
+def test_a_model_can_be_pickled(tiny_model, random_ids, act):
+    model, ids = tiny_model(hidden_act=act).eval(), random_ids(2, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)

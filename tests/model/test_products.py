@@ -257,3 +257,11 @@ def test_without_autocast_is_off_inside_and_as_before_behind():
         with without_autocast(cpu):
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_second_derivatives_are_refused_rather_than_wrong(monkeypatch):
+    monkeypatch.setattr(products, "_float32_library", "oneDNN")
+    x, weight = torch.randn(32, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(products.linear(x, weight).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -49,7 +49,11 @@ def test_row_has_the_figures_of_its_contestant():
 
 
 def test_generation_is_compared_with_transformers():
-    seconds = {("ours, one stream", "float32"): [1.0, 1.0], ("transformers, one stream", "float32"): [3.0, 2.0]}
+    seconds = {
+        ("ours, one stream", "float32"): [1.0, 1.0],
+        ("transformers eager, one stream", "float32"): [3.0, 2.0],
+        ("transformers grouped_mm, one stream", "float32"): [9.0, 9.0],
+    }
     row = benchmark.row_of(Contestant("ours, one stream", "float32", lambda: None, 10, 0.0), seconds, None, None)
     assert row["speed_to_transformers"] == 2.5 and row["mfu"] is None
 
@@ -138,3 +142,53 @@ def test_peak_memory_grows_with_the_model():
     small, large = (benchmark.peak_memory(contestants.OURS, size, FLOAT32, "train") for size in (TINY, wide))
     weights = 4 * 2 * 32 * 3 * 32 * 8192 / 2**30
     assert small < 0.2 and 4 * weights < large < 8 * weights, (small, large, weights)
+
+
+@pytest.mark.parametrize("work", ["train", "evaluate"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*FLOAT32.names(), contestants.COMPILED])
+def test_a_contestant_is_what_its_name_says(name, precision, work, monkeypatch):
+    """Its mode, precision, backend, peer's experts, compilation and the operations it is credited with."""
+    built, compiled, losses = [], [], []
+    field = dataclasses.replace(FLOAT32, precision=precision)
+    model_of, loss_of = Field.model_of, contestants._loss
+    monkeypatch.setattr(MoEForCausalLM, "compile_layers", lambda model: compiled.append(model))
+    monkeypatch.setattr(Field, "model_of", lambda *a: built.append(model_of(*a)) or built[-1])
+
+    def spy(model, ids):
+        losses.append((model.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return loss_of(model, ids)
+
+    monkeypatch.setattr(contestants, "_loss", spy)
+    contestant = contestants.BUILD[work](name, TINY, field)
+    contestant.work()
+    training = work == "train"
+    assert losses == [(training, training, precision == "bfloat16")]
+    dense = name in (contestants.TWIN, peers.DENSE)
+    shape = TINY.twin() if dense else TINY.model
+    assert contestant.flops == 64 * flops_per_token(shape, 32) / (1 if training else 3)
+    (model,) = built
+    if isinstance(model, MoEForCausalLM):
+        assert model.config.n_routed_experts == (0 if dense else 4)
+        assert model.config.expert_backend == ("loop" if name == contestants.LOOP else "auto")
+        assert compiled == ([model] if name == contestants.COMPILED else [])
+    else:
+        assert type(model).__name__ == ("Qwen3ForCausalLM" if dense else "Qwen2MoeForCausalLM")
+        assert dense or peers.EXPERTS[model.config._experts_implementation] == name
+
+
+def test_unprepared_data_and_a_new_folder_for_the_json_come_first(tiny, monkeypatch, tmp_path):
+    arguments = [
+        "--size",
+        "cpu-16",
+        "--work",
+        "start",
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "new" / "result.json"),
+    ]
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments, "--config", "configs/tinystories/pretrain.yaml"])
+    with pytest.raises(ValueError, match="tokenizer"):
+        benchmark.main()
+    assert (tmp_path / "new").is_dir()

@@ -1,6 +1,7 @@
 """scripts.first_step on a real run: what the benchmark says about start-up and data."""
 
 import pytest
+import torch
 
 from scripts import first_step
 
@@ -11,7 +12,7 @@ from .conftest import run
 def test_start_up_and_data_share_are_measured(workplace):
     config = workplace / "pretrain.yaml"
     run("scripts.prepare_data", config)
-    figures = first_step.measure(config, rounds=2)
+    figures = first_step.measure(config, 2, torch.device("cpu"))
     assert (
         0
         < figures["seconds_to_first_step_low"]
@@ -25,4 +26,4 @@ def test_start_up_and_data_share_are_measured(workplace):
 
 def test_a_run_that_fails_is_an_error_with_its_own_words(workplace):
     with pytest.raises(ValueError, match="takes 'text'"):
-        first_step.seconds_to_first_step(workplace / "sft.yaml", 1)
+        first_step.seconds_to_first_step(workplace / "sft.yaml", 1, torch.device("cpu"))
