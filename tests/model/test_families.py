@@ -389,3 +389,28 @@ def test_the_comparisons_notice(name, monkeypatch):
     ours = our_model(dataclasses.replace(ours.config))
     ours = change(ours, monkeypatch) or ours
     assert difference(ours, theirs) >= (1 if difference is choices else 10), f"{name}: not noticed"
+
+
+def other_normalisation(ours, _patch):
+    ours.config.norm_topk_prob = not ours.config.norm_topk_prob
+
+
+def other_level(ours, _patch):
+    ours.config.aux_loss_level = "batch" if ours.config.aux_loss_level == "sequence" else "sequence"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        pytest.param(weight(EXPERT + "down_proj", 2, 1.01), logits, id="weight"),
+        pytest.param(other_normalisation, logits, id="normalisation"),
+        pytest.param(other_level, balance_loss, id="balance"),
+    ],
+)
+def test_every_family_notices_a_weight_a_normalisation_and_a_balance_term(family, change, difference, monkeypatch):
+    ours, theirs = pair(family)
+    assert difference(ours, theirs) <= 1, "the comparison fails without a mistake"
+    ours = our_model(dataclasses.replace(ours.config))
+    change(ours, monkeypatch)
+    assert difference(ours, theirs) >= 10
