@@ -5,7 +5,8 @@
                        └─> shared experts (always run) ─────────────┴─> sum (B, T, D)
 
 In training the differentiable path runs; in evaluation, without gradients, `moe_infer` does: tokens sorted by expert,
-one grouped product per projection, no autograd state. Both compute the same function.
+one grouped product per projection (on a CPU a loop over the experts' segments), nothing kept for a backward pass. Both
+compute the same function.
 """
 
 from __future__ import annotations
@@ -85,9 +86,7 @@ class MoEFeedForward(nn.Module):
         order, inverse, ends = sort_by_expert(flat_expert_indices, self.config.n_routed_experts, align)
         rows = rows_of_tokens(x_compute, order, k)  # (M', D): expert 0's tokens, expert 1's, ...
         weighted = self.experts.run_segments(rows, ends, sorted_weights(topk_weight, order))  # (M', D)
-        return sum_by_token(weighted, inverse, k).to(
-            x.dtype
-        )  # (N, D): each token's k results, wherever they were sorted
+        return sum_by_token(weighted, inverse, k).to(x.dtype)  # (N, D): each token's k results, wherever they lie
 
     def _jitter(self, hidden_states: Tensor) -> Tensor:
         """Multiplicative noise U(1-j, 1+j) on what router and routed experts see, in training (Switch, section 2.2)."""
