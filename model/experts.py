@@ -24,7 +24,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     """`auto` as `loop` or `grouped`, from device and compute dtype alone, never from a timing.
 
     grouped_mm is one kernel on CUDA from compute capability 9 in bfloat16; elsewhere on CUDA it is itself a loop with a host
-    sync, no worse than ours. On CPU `grouped` is model/segmented_ffn.py: 7 to 15 % faster than `loop` in float32, equal in
+    sync, no worse than ours. On CPU `grouped` is model/segmented_ffn.py: 6 to 13 % faster than `loop` in float32, no faster in
     bfloat16 (docs/results.md).
     """
     if backend != "auto":
