@@ -97,8 +97,8 @@ def copy_weights(ours: MoEForCausalLM, theirs: nn.Module) -> None:
         state[name].zero_()
 
 
-def minimind_peer(config: ModelConfig, checkout: Path) -> nn.Module:
-    """MiniMind's own MoE from a checkout of github.com/jingyaogong/minimind, its loop over experts unchanged."""
+def minimind_module(checkout: Path):
+    """MiniMind's model file, imported from a checkout of github.com/jingyaogong/minimind. ValueError if it has none."""
     file = checkout / "model" / "model_minimind.py"
     if not file.is_file():
         raise ValueError(f"--minimind: {checkout} has no model/model_minimind.py; give a checkout of MiniMind")
@@ -106,6 +106,12 @@ def minimind_peer(config: ModelConfig, checkout: Path) -> nn.Module:
     module = importlib.util.module_from_spec(spec)
     sys.modules["minimind_model"] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def minimind_peer(config: ModelConfig, checkout: Path) -> nn.Module:
+    """MiniMind's own MoE from a checkout of github.com/jingyaogong/minimind, its loop over experts unchanged."""
+    module = minimind_module(checkout)
     options = {
         key: getattr(config, key)
         for key in (

@@ -97,7 +97,9 @@ def test_command_is_accepted(command, monkeypatch, own_data):
         script, *arguments = shlex.split(command)[1:]
         assert script.startswith("scripts/") and (ROOT / script).is_file()
         text = (ROOT / script).read_text()
-        known = [argument in text or (ROOT / argument).is_dir() for argument in arguments]  # test.sh takes folders of tests
+        known = [
+            argument in text or (ROOT / argument).is_dir() for argument in arguments
+        ]  # test.sh takes folders of tests
         assert all(known), f"{script} says nothing of {arguments}"
         return
     assert python_part(command), f"{command}: neither bash, python -m nor torchrun: teach this test what it is"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import ModelConfig, MoEForCausalLM
+from model import ModelConfig, MoEForCausalLM, products
 
 TINY = {
     "vocab_size": 61,
@@ -77,3 +77,12 @@ def random_ids():
         return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request, monkeypatch) -> str:
+    """Runs the test with each library that may multiply float32 matrices, and names it."""
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "float32_library", lambda: request.param)
+    return request.param

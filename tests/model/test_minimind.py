@@ -6,15 +6,14 @@
 83e52f6 is the last commit of MiniMind-2. No line of it is part of this project.
 """
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from model import MoEForCausalLM
+from scripts.peers import minimind_module
 
 from .families import our_model, random_ids, shrunk
 
@@ -23,10 +22,7 @@ pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MINIMIND_CHECKOUT names no
 
 
 def minimind(ours: MoEForCausalLM) -> torch.nn.Module:
-    spec = importlib.util.spec_from_file_location("minimind_model", Path(CHECKOUT) / "model/model_minimind.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["minimind_model"] = module
-    spec.loader.exec_module(module)
+    module = minimind_module(Path(CHECKOUT))
     config = ours.config
     same = (
         "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",

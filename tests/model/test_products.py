@@ -25,14 +25,6 @@ CPUINFO = Path("/proc/cpuinfo")
 N, K, M = 2 * FEW_ROWS + 3, 13, 21
 
 
-@pytest.fixture(params=["oneDNN", "MKL"])
-def library(request, monkeypatch) -> str:
-    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "float32_library", lambda: request.param)
-    return request.param
-
-
 class Operations(TorchDispatchMode):
     """The names of all operations that run inside."""
 

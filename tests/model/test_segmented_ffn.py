@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import products, segmented_ffn
+from model import segmented_ffn
 from model.experts import Experts
 from model.feed_forward import ACTIVATIONS, Activation
 from model.segmented_ffn import SegmentedFFN
@@ -21,14 +21,6 @@ SIZES = {
     "one row": [0, 1, 0],
     "one expert": [33],
 }
-
-
-@pytest.fixture(params=["oneDNN", "MKL"])
-def library(request, monkeypatch) -> str:
-    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "float32_library", lambda: request.param)
-    return request.param
 
 
 def make_experts(n: int, gated: bool, act: str = "silu", hidden: int = D, width: int = WIDTH) -> Experts:

@@ -14,6 +14,8 @@ from model.experts import FEW_ASSIGNMENTS
 from model.moe import MoEFeedForward
 from model.permutation import rows_of_tokens, sort_by_expert, sorted_weights, sum_by_token
 
+from .routings import Elsewhere
+
 TEXT = (Path(__file__).resolve().parents[2] / "docs/moe_infer.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
@@ -75,13 +77,6 @@ def test_every_step_computes_the_numbers_shown():
     assert numbers.keys() == computed.keys() | given, "every number shown is given or checked"
     for name, value in computed.items():
         assert value.tolist() == numbers[name], name
-
-
-class Elsewhere(torch.Tensor):
-    """A tensor that says it is on a GPU; what is computed from it is a plain one again."""
-
-    device = property(lambda self: torch.device("cuda"))
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 @pytest.mark.parametrize("way", ["loop", "segmented", "grouped_mm", "few", "few, gathered"])
