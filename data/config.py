@@ -48,6 +48,7 @@ class SourceConfig:
 class DataConfig:
     format: str = field(default="text", metadata={"choices": ("text", "chat")})  # documents, or conversations
     cache_dir: str = "cache/data"  # prepared shards live here
+    verify: bool = True  # false: skip the check of the shards' bytes at the start, for very large sets
     context_length: int | None = field(
         default=None, metadata={"min": 2}
     )  # tokens of a row; null: model.max_position_embeddings

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import integrity
+from data.index import SPLITS, check_plain, damaged, damaged_by, file_names
 from data.packing import pack
 
 IGNORED = -100  # label of a position that is no target, as in torch's cross_entropy
@@ -40,6 +44,41 @@ class Prepared:
         }
         self.names = [source["name"] for source in sources]
         self._pad_id, self._bos_id = pad_id, bos_id
+
+    def verify(self, split: str | None = None) -> None:
+        """Reads every file of `split` (None: of both) and compares its SHA-256 with what was written.
+
+        ValueError, naming the file and the remedy, for the first one that is missing or another.
+        """
+        splits = SPLITS if split is None else (split,)
+        for source in self.index["sources"]:
+            folder = Path(source["folder"])
+            names = [name for part in splits for name in file_names(source, part)]
+            for name in names:
+                check_plain(folder / name)
+            problem = integrity.damage(folder, ["index.json", *names])
+            if problem:
+                raise damaged_by(problem, folder)
+
+    def content_digests(self) -> dict[str, str]:
+        """{source: SHA-256 (hex)} of what is trained on; the same wherever and whenever the shards were written.
+
+        Taken from the files' checksums: `verify` tells whether the files are those.
+        """
+        digests = {}
+        for source in self.index["sources"]:
+            folder = Path(source["folder"])
+            try:
+                sums = integrity.read_checksums(folder)
+            except ValueError as error:
+                raise damaged_by(str(error), folder) from None
+            names = [name for name in sorted(file_names(source, "train")) if not name.endswith(".bytes")]
+            for name in names:
+                if name not in sums:
+                    raise damaged(folder / integrity.SUMS, f"has no checksum of {name}")
+            listed = "".join(f"{sums[name]}  {name}\n" for name in names)
+            digests[source["name"]] = hashlib.sha256(listed.encode("utf-8")).hexdigest()
+        return digests
 
     def train_rows(self, context_length: int, document_mask: bool, seed: int) -> TrainRows:
         """Training rows of `context_length` tokens. ValueError if a source fills no row.
@@ -94,7 +133,7 @@ class TrainRows:
     def __init__(
         self, rows_of: dict[str, _TextRows | _PackedRows], weights: list[float], context_length: int, seed: int
     ):
-        self._sources, self._weights, self._seed = list(rows_of.values()), weights, seed
+        self._names, self._sources, self._weights, self._seed = list(rows_of), list(rows_of.values()), weights, seed
         self._first_row = np.cumsum([0, *map(len, self._sources)])  # of each source, numbering all rows of all sources
         self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)  # a batch may straddle two epochs
         self.rows_per_epoch = len(self._order(0))
@@ -111,11 +150,21 @@ class TrainRows:
         """
         return _stack([self._row(i) for i in range(position, position + n_rows)])
 
+    def origin(self, position: int) -> tuple[str, int]:
+        """(source's name, row number in that source) of the row at `position` of the sequence."""
+        source, row = self._place(position)
+        return self._names[source], row
+
     def _row(self, position: int) -> Row:
+        source, row = self._place(position)
+        return self._sources[source][row]
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(source, its row) at `position`."""
         epoch, place = divmod(position, self.rows_per_epoch)
         row = int(self._order(epoch)[place])
         source = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        return self._sources[source][row - int(self._first_row[source])]
+        return source, row - int(self._first_row[source])
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         """Numbers of the epoch's rows, in the order they are read."""
@@ -220,13 +269,22 @@ class _PackedRows:
 
 
 class _Documents:
-    """The documents of one split: where each lies in the shards, and the UTF-8 bytes it counts for."""
+    """The documents of one split: where each lies in the shards, and the UTF-8 bytes it counts for.
+
+    ValueError if the files do not say so: offsets from 0 to the last token, each beyond the one before.
+    """
 
     def __init__(self, source: dict, split: str):
         self.ids = _Shards(source, split, "bin")
         self.mask = _Shards(source, split, "mask")  # empty for text
-        self.offsets = np.fromfile(Path(source["folder"]) / f"{split}.idx", dtype=np.int64)  # (documents + 1,)
-        self.n_bytes = np.fromfile(Path(source["folder"]) / f"{split}.bytes", dtype=np.int64)  # (documents,)
+        folder, part = Path(source["folder"]), source[split]
+        self.offsets = _int64_file(folder / f"{split}.idx", part["documents"] + 1)  # (documents + 1,)
+        self.n_bytes = _int64_file(folder / f"{split}.bytes", part["documents"])  # (documents,)
+        ordered = self.offsets[0] == 0 and (self.offsets[1:] > self.offsets[:-1]).all()
+        if not ordered or self.offsets[-1] != part["tokens"]:
+            raise damaged(folder / f"{split}.idx", "damaged, it does not say where documents begin")
+        if (self.n_bytes < 0).any() or (self.n_bytes > part["bytes"]).any() or self.n_bytes.sum() != part["bytes"]:
+            raise damaged(folder / f"{split}.bytes", "damaged, its sum is not that of index.json")
 
     def __len__(self) -> int:
         return len(self.n_bytes)
@@ -250,27 +308,38 @@ class _Shards:
 
     def __init__(self, source: dict, split: str, ending: str):
         dtype = np.dtype(source["dtype"] if ending == "bin" else np.uint8)
+        self._limit = source["vocab_size"] if ending == "bin" else 2
         files = [file for file in source[split]["files"] if file["name"].endswith(f".{ending}")]
         self._starts = np.cumsum([0, *(file["tokens"] for file in files)])
         self._parts: list[np.ndarray] = []
-        for file in files:
-            path = Path(source["folder"]) / file["name"]
-            if not path.exists() or path.stat().st_size != file["tokens"] * dtype.itemsize:
-                raise ValueError(
-                    f"{path}: missing or not of the size in index.json; remove {path.parent} and run: "
-                    "python -m scripts.prepare_data CONFIG"
-                )
+        self._paths = [Path(source["folder"]) / file["name"] for file in files]
+        for path, file in zip(self._paths, files):
+            _check_size(path, file["tokens"] * dtype.itemsize)
             self._parts.append(np.memmap(path, dtype=dtype, mode="r"))
 
     def read(self, start: int, end: int) -> np.ndarray:
-        """Items start to end, int64."""
-        part = int(np.searchsorted(self._starts, start, side="right")) - 1
+        """Items start to end, int64. ValueError if one is no id of the vocabulary (of a mask: neither 0 nor 1)."""
+        part = first = int(np.searchsorted(self._starts, start, side="right")) - 1
         pieces = []
         while start < end:
             offset, stop = int(self._starts[part]), min(end, int(self._starts[part + 1]))
             pieces.append(self._parts[part][start - offset : stop - offset].astype(np.int64))
             start, part = stop, part + 1
-        return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+        items = np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+        if items.max(initial=0) >= self._limit:
+            raise damaged(self._paths[first], f"damaged, it holds {items.max()}, beyond {self._limit - 1}")
+        return items
+
+
+def _check_size(path: Path, n_bytes: int) -> None:
+    if not os.path.lexists(path) or os.lstat(path).st_size != n_bytes:
+        raise damaged(path, "missing or not of the size in index.json")
+    check_plain(path)
+
+
+def _int64_file(path: Path, n: int) -> np.ndarray:
+    _check_size(path, 8 * n)
+    return np.fromfile(path, dtype=np.int64)
 
 
 def _padded(row: Row, length: int, pad_id: int) -> Row:

@@ -1,7 +1,8 @@
 """Documents -> token shards, once.
 
     cache/data/prepared/SOURCE-<fingerprint>/
-        index.json                 counts, files with their SHA-256, what was skipped and why
+        index.json                 counts, files, what was skipped and why
+        SHA256SUMS                 of every file, also index.json: `sha256sum -c SHA256SUMS` checks them too
         train-00000.bin ...        token ids, uint16 or uint32, BOS + text + EOS after one another
         held_out-00000.bin ...     the same for the documents that measure
         *.mask                     chat: uint8 for each token, 1 where it is learned
@@ -10,7 +11,7 @@
 
 Each source stands alone: its fingerprint covers its settings and files, the held-out settings and the tokenizer, so a
 new source, another weight or an interruption costs nothing that is already done. A folder is written under another
-name and renamed when its last file is on the disk.
+name and renamed when its last file is on the disk. Nothing is written through a link.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ from data import corpora
 from data.chat import encode_conversations
 from data.config import DataConfig, SourceConfig
 from data.dataset import Prepared
+from data.index import FORMAT_VERSION, damaged, file_names, read_index
+from data.integrity import write_checksums
 from data.sources import Conversation, Document, Skipped, files, is_held_out, iterate
 from data.tokenizer import Tokenizer, replace_surrogates
 
-FORMAT_VERSION = 1
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 BATCH_CHARACTERS = 4_000_000  # text encoded at a time, on all cores
 BATCH_DOCUMENTS = 20_000
@@ -65,7 +67,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, progress: bool = True) 
     with _full_disk_in_one_sentence(folder):
         with _lock(folder / ".lock"):
             for leftover in folder.glob("*.partial"):  # of a process that was killed
-                shutil.rmtree(leftover)
+                _remove(leftover)
             for source in missing:
                 _prepare_source(config, source, tokenizer, progress)
     return folder
@@ -77,7 +79,7 @@ def open_prepared(config: DataConfig, tokenizer: Tokenizer) -> Prepared:
     indices = []
     for source in config.sources:
         folder = _folder(config, source, tokenizer)
-        index = _read_index(folder)
+        index = read_index(folder)
         if index is None:
             raise _not_prepared(config, source, tokenizer)
         if index["tokenizer_fingerprint"] != tokenizer.fingerprint:
@@ -85,7 +87,12 @@ def open_prepared(config: DataConfig, tokenizer: Tokenizer) -> Prepared:
                 f"{folder}: these shards were made with another tokenizer ({index['tokenizer_fingerprint'][:8]}, "
                 f"not {tokenizer.fingerprint[:8]}); remove the folder and run: python -m scripts.prepare_data CONFIG"
             )
-        indices.append({"name": source.name, "weight": source.weight, "folder": str(folder), **index})
+        if (
+            index["fingerprint"] != fingerprint(config, source, tokenizer)
+            or index["vocab_size"] != tokenizer.vocab_size
+        ):
+            raise damaged(folder / "index.json", f"not that of source {source.name!r} (was the folder renamed?)")
+        indices.append({**index, "name": source.name, "weight": source.weight, "folder": str(folder)})
     return Prepared(indices, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id)
 
 
@@ -131,21 +138,14 @@ def _folder(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer) -> P
     return Path(config.cache_dir) / "prepared" / f"{name}-{fingerprint(config, source, tokenizer)[:16]}"
 
 
-def _read_index(folder: Path) -> dict | None:
-    file = folder / "index.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not readable ({error}); remove {folder} and prepare again") from None
-
-
 def _not_prepared(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer) -> ValueError:
     remedy = "run: python -m scripts.prepare_data CONFIG"
     same_but_tokenizer = fingerprint(config, source, None)
     for file in sorted((Path(config.cache_dir) / "prepared").glob("*/index.json")):
-        index = _read_index(file.parent) or {}
+        try:
+            index = read_index(file.parent) or {}
+        except ValueError:  # another source's: no matter here
+            continue
         other = index.get("tokenizer_fingerprint") != tokenizer.fingerprint
         if other and index.get("fingerprint_without_tokenizer") == same_but_tokenizer:
             return ValueError(
@@ -159,7 +159,7 @@ def _prepare_source(config: DataConfig, source: SourceConfig, tokenizer: Tokeniz
     final = _folder(config, source, tokenizer)
     if (final / "index.json").exists():  # another process made it while this one waited
         return
-    shutil.rmtree(final, ignore_errors=True)  # without its index a folder is nothing
+    _remove(final)  # without its index a folder is nothing
     started = time.perf_counter()
     fingerprints = {  # taken now: a source that changes while it is read is then prepared anew
         "fingerprint": fingerprint(config, source, tokenizer),
@@ -194,6 +194,7 @@ def _prepare_source(config: DataConfig, source: SourceConfig, tokenizer: Tokeniz
             "seconds": round(time.perf_counter() - started, 3),
         }
         _write(partial / "index.json", json.dumps(index, indent=2).encode("utf-8"))
+        write_checksums(partial, [*file_names(index, "train"), *file_names(index, "held_out"), "index.json"])
         partial.rename(final)
 
 
@@ -305,7 +306,7 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, split: str, ending: str, dtype: type):
         self.folder, self.split, self.ending, self.dtype = folder, split, ending, dtype
-        self.file, self.left, self.digest = None, 0, None
+        self.file, self.left = None, 0
         self.files: list[dict] = []
 
     def add(self, items: list[int]) -> None:
@@ -315,7 +316,6 @@ class _ShardWriter:
                 self._next_file()
             part, array = array[: self.left], array[self.left :]
             self.file.write(part.tobytes())
-            self.digest.update(part.tobytes())
             self.files[-1]["tokens"] += len(part)
             self.left -= len(part)
 
@@ -324,7 +324,6 @@ class _ShardWriter:
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
-            self.files[-1]["sha256"] = self.digest.hexdigest()
             self.file = None
         return self.files
 
@@ -336,7 +335,7 @@ class _ShardWriter:
     def _next_file(self) -> None:
         self.close()
         name = f"{self.split}-{len(self.files):05d}.{self.ending}"
-        self.file, self.left, self.digest = (self.folder / name).open("wb"), SHARD_TOKENS, hashlib.sha256()
+        self.file, self.left = (self.folder / name).open("wb"), SHARD_TOKENS
         self.files.append({"name": name, "tokens": 0})
 
 
@@ -350,9 +349,20 @@ def _write(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process at a time; the others wait, and then find the work done."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, a file or a link (never what the link points at), if there is one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """Checkpoints: a folder of safetensors and JSON that exists only when it is whole; and opening a run to use it.
 
-    RUN/checkpoints/step-00000200/{model.safetensors, optimizer.safetensors, state.json, config.yaml}
+    RUN/checkpoints/step-00000200/{model.safetensors, optimizer.safetensors, state.json, config.yaml, SHA256SUMS}
     RUN/checkpoints/latest, best      text files, each with the name of a folder beside it
 
-A checkpoint is written beside its place, flushed to disk and renamed; the pointers are replaced the same way. Nothing
-is a pickle: opening a stranger's checkpoint runs no code.
+A checkpoint is written beside its place, flushed to disk and renamed; the pointers are replaced the same way; what is
+removed loses its name first. Its bytes are checked when it is read. Nothing is a pickle: opening a stranger's checkpoint
+runs no code.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.integrity import SUMS, damage, write_checksums
 from data.tokenizer import Tokenizer
 from model import ModelConfig, MoEForCausalLM
 from train import config as run_config
 from train.config import RunConfig
 from train.distributed import choose_device
-from train.optim import load_state_tensors, state_tensors
+from train.optim import expected_state, load_state_tensors, state_tensors
 from train.precision import Autocast, autocast_for, resolve_precision
+from train.progress import TrainingState
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
 _NAME = re.compile(r"step-\d{8}")
@@ -38,23 +42,58 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+@dataclass
+class Snapshot:
+    """What a checkpoint holds, on the CPU: training may go on while it is written."""
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict
+    config: str  # YAML
+
+
+def take_snapshot(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    state: dict,
+    config: RunConfig,
+    previous: Snapshot | None = None,
+) -> Snapshot:
+    """A copy of weights and moments, into the memory of `previous` where that fits."""
+    kept = (previous.weights, previous.moments) if previous else ({}, {})
+    weights, moments = (
+        {name: _copied(tensor, old.get(name)) for name, tensor in tensors.items()}
+        for tensors, old in zip((_model_tensors(model), state_tensors(optimizer, model)), kept, strict=True)
+    )
+    return Snapshot(step, weights, moments, {"step": step, **state}, run_config.to_yaml(config))
+
+
 def save(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, config: RunConfig
 ) -> Path:
+    """`take_snapshot` and `write`."""
+    return write(run_dir, take_snapshot(model, optimizer, step, state, config))
+
+
+def write(run_dir: Path, snapshot: Snapshot) -> Path:
     """Writes checkpoints/step-NNNNNNNN whole or not at all and points `latest` at it. OSError if the disk refuses."""
     folder = run_dir / "checkpoints"
-    final, partial = folder / checkpoint_name(step), folder / f".partial-{checkpoint_name(step)}"
-    shutil.rmtree(partial, ignore_errors=True)
+    final = folder / checkpoint_name(snapshot.step)
+    partial = folder / f".partial-{final.name}"
     try:
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_model_tensors(model), partial / "model.safetensors")
-        save_file(_on_cpu(state_tensors(optimizer, model)), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-        (partial / "config.yaml").write_text(run_config.to_yaml(config), encoding="utf-8")
+        save_file(snapshot.weights, partial / "model.safetensors")
+        save_file(snapshot.moments, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
+        (partial / "config.yaml").write_text(snapshot.config, encoding="utf-8")
         for name in FILES:
             _flush(partial / name)
+        write_checksums(partial, FILES)
         _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)  # the same step saved again, after a resume that went back
+        _remove(final)  # the same step saved again
         os.replace(partial, final)
         _flush(folder)
         point(run_dir, "latest", final.name)
@@ -80,15 +119,36 @@ def point(run_dir: Path, pointer: str, name: str) -> None:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Every whole checkpoint of a run, oldest first."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if _NAME.fullmatch(path.name) and all((path / name).is_file() for name in FILES)
-    )
+    """All whole checkpoints of a run, oldest first."""
+    return [path for path in _named_checkpoints(run_dir) if not _missing(path)]
+
+
+def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose bytes are those that were written, None if the run has none yet; and a sentence for each
+    newer one that is damaged. Those are set aside as damaged-step-NNNNNNNN, and `latest` and `best` name none of them.
+
+    ValueError if there are checkpoints and all are damaged: a run is never started afresh in silence.
+    """
+    notes, found = [], _named_checkpoints(run_dir)
+    for path in reversed(found):
+        reason = damage(path, FILES)
+        if reason is None:
+            break
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        notes.append(f"{reason}; the checkpoint is set aside as {aside.name}")
+    intact = complete_checkpoints(run_dir)
+    if found and not intact:
+        raise ValueError(
+            f"{notes[-1]}, and no other is left in {run_dir / 'checkpoints'}; copy a checkpoint back, or remove {run_dir} to start "
+            "afresh"
+        )
+    if intact and pointed(run_dir, "latest") != intact[-1]:
+        point(run_dir, "latest", intact[-1].name)
+    if pointed(run_dir, "best") is None:
+        (run_dir / "checkpoints" / "best").unlink(missing_ok=True)
+    return (intact[-1] if intact else None), notes
 
 
 def pointed(run_dir: Path, pointer: str) -> Path | None:
@@ -101,14 +161,21 @@ def pointed(run_dir: Path, pointer: str) -> Path | None:
     return target if _NAME.fullmatch(name) and target in complete_checkpoints(run_dir) else None
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Removes what is neither among the newest `keep` nor the best, and what an interrupted save left behind."""
+def prune(run_dir: Path, keep: int, keep_every: int = 0) -> None:
+    """Removes what is neither among the newest `keep`, nor the best, nor of a multiple of `keep_every` steps; and what an
+    interrupted save left behind."""
     best = pointed(run_dir, "best")
     for path in complete_checkpoints(run_dir)[:-keep]:
-        if path != best:
-            shutil.rmtree(path)
+        archived = keep_every > 0 and int(path.name.removeprefix("step-")) % keep_every == 0
+        if path != best and not archived:
+            _remove(path)
+    sweep(run_dir)
+
+
+def sweep(run_dir: Path) -> None:
+    """Removes what an interrupted save or removal left behind."""
     for leftover in (run_dir / "checkpoints").glob(".*partial*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -120,7 +187,7 @@ def find_checkpoint(path: str | Path) -> Path:
             raise ValueError(f"{path}: names no whole checkpoint; give the run folder, or a checkpoint in it")
         return target
     if _NAME.fullmatch(path.resolve().name) and path.is_dir():
-        missing = [name for name in FILES if not (path / name).is_file()]
+        missing = _missing(path)
         if missing:
             raise ValueError(f"{path}: this checkpoint lacks {', '.join(missing)}; use another checkpoint")
         return path
@@ -147,24 +214,29 @@ def read_config(checkpoint: Path) -> RunConfig:
     return run_config.load_config(checkpoint / "config.yaml")
 
 
+def read_training_state(checkpoint: Path) -> TrainingState:
+    return run_config.build(TrainingState, read_state(checkpoint), str(checkpoint / "state.json"))
+
+
+def check_intact(checkpoint: Path, names: Iterable[str] = FILES) -> None:
+    """ValueError, naming the file, unless these files' bytes are those that were written."""
+    reason = damage(checkpoint, names)
+    if reason is not None:
+        raise ValueError(f"{reason}; use another checkpoint of this run, such as {checkpoint.parent}/step-...")
+
+
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Fills the model from a checkpoint; ValueError naming the first tensor that does not fit."""
-    path = checkpoint / "model.safetensors"
-    tensors, expected = _read_tensors(path), _model_tensors(model)
-    for name in sorted(expected.keys() | tensors.keys()):
-        there, here = tensors.get(name), expected.get(name)
-        if there is None or here is None or there.shape != here.shape:
-            raise ValueError(
-                f"{path}: {name} is {_shape(there)} there, but this config's model has {_shape(here)}; "
-                "give the model section the values the checkpoint was made with"
-            )
-    model.load_state_dict(
-        tensors, strict=False
-    )  # tied head and derived buffers are not stored; names were checked above
+    path, expected = checkpoint / "model.safetensors", _model_tensors(model)
+    tensors = _read_tensors(path, expected, "give the model section the values the checkpoint was made with")
+    model.load_state_dict(tensors, strict=False)  # tied head and derived buffers are not stored; names were checked
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Path) -> None:
-    load_state_tensors(optimizer, model, _read_tensors(checkpoint / "optimizer.safetensors"))
+    """Fills the optimizer from a checkpoint; one saved before the first step leaves it as it is. ValueError as `load_weights`."""
+    path = checkpoint / "optimizer.safetensors"
+    tensors = _read_tensors(path, expected_state(model), "use another checkpoint", may_be_empty=True)
+    load_state_tensors(optimizer, model, tensors)
 
 
 @dataclass
@@ -185,6 +257,7 @@ class Run:
 def open_run(path: str | Path, device: str = "auto", precision: str = "auto") -> Run:
     """Opens a run folder (newest checkpoint) or one checkpoint. ValueError if it cannot be used as it is."""
     checkpoint = find_checkpoint(path)
+    check_intact(checkpoint, ("model.safetensors", "state.json", "config.yaml"))
     config = read_config(checkpoint)
     run_dir = checkpoint.resolve().parent.parent if not (Path(path) / "checkpoints").is_dir() else Path(path)
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
@@ -226,26 +299,69 @@ FREE_MODEL_KEYS = frozenset(
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent state on the CPU, without the head where it is the embedding itself."""
+    """The persistent state, without the head where it is the embedding itself."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return _on_cpu(state)
+    return state
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _copied(tensor: Tensor, old: Tensor | None) -> Tensor:
+    """A copy on the CPU, in the memory of `old` where that has the same shape and type."""
+    tensor = tensor.detach()
+    if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+        return tensor.to("cpu", copy=True).contiguous()
+    return old.copy_(tensor)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(
+    path: Path, expected: dict[str, Tensor], remedy: str, may_be_empty: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a name, shape or type that is not as in `expected` is refused before it is read."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            there = {name: file.get_slice(name) for name in file.keys()}
+            if may_be_empty and not there:
+                return {}
+            for name in sorted(expected.keys() | there.keys()):
+                found = _described(there[name].get_shape(), there[name].get_dtype()) if name in there else "absent"
+                wanted = (
+                    _described(list(expected[name].shape), _DTYPES[expected[name].dtype])
+                    if name in expected
+                    else "absent"
+                )
+                if found != wanted:
+                    raise ValueError(f"{path}: {name} is {found} there, but this config's model has {wanted}; {remedy}")
+            return {name: file.get_tensor(name) for name in there}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); use another checkpoint") from None
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else f"of shape {tuple(tensor.shape)}"
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+
+
+def _described(shape: list[int], dtype: str) -> str:
+    return f"{dtype} of shape {tuple(shape)}"
+
+
+def _named_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders that bear a checkpoint's name, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
+
+
+def _missing(checkpoint: Path) -> list[str]:
+    return [name for name in (*FILES, SUMS) if not (checkpoint / name).is_file()]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: what is called step-NNNNNNNN is whole, even if a kill comes between."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".partial-removed-{checkpoint.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:

@@ -9,6 +9,13 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR = 2  # exit code of a mistake the user can mend (argparse's own)
+UNFINISHED = (
+    75  # exit code of a run that cannot go on now, but will when the command is repeated (EX_TEMPFAIL of sysexits.h)
+)
+
+
+class Unfinished(Exception):
+    """Ends a command with UNFINISHED and its text in one line; whatever was saved before stays."""
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -19,7 +26,7 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a command and exits: 0 on success, USER_ERROR with one line on a ValueError or OSError.
+    """Runs a command and exits: 0 on success, USER_ERROR with one line on a ValueError or OSError, UNFINISHED on Unfinished.
 
     MINIMOE_TRACEBACK=1 in the environment shows the traceback instead.
     """
@@ -35,6 +42,10 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {_sentence(error)}\n")  # one write: two ranks' lines must not run into each other
         sys.exit(USER_ERROR)
+    except Unfinished as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stdout.flush()
+        os._exit(UNFINISHED)  # at once: the libraries' own farewells wait for processes that are gone
     sys.exit(code)
 
 

@@ -54,7 +54,7 @@ class TrainConfig:
         default=1.0, metadata=NOT_NEGATIVE
     )  # largest gradient norm; 0: no clipping (the norm is still logged)
     spike_factor: float = field(
-        default=0.0, metadata=NOT_NEGATIVE
+        default=10.0, metadata=NOT_NEGATIVE
     )  # skip a step whose gradient norm exceeds factor x its running mean; 0: only non-finite steps
     max_bad_steps: int = field(default=10, metadata=AT_LEAST_ONE)  # so many skipped steps in a row end the run
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
@@ -73,6 +73,11 @@ class TrainConfig:
     deterministic: bool = False  # CUDA: repeatable kernels, slower (the CPU is repeatable as it is)
     checkpoint_every: int = field(default=500, metadata=NOT_NEGATIVE)  # steps; 0: only at the end
     keep_checkpoints: int = field(default=2, metadata=AT_LEAST_ONE)  # the newest so many, beside the best
+    keep_every: int = field(default=0, metadata=NOT_NEGATIVE)  # and those of every so many steps for ever; 0: none
+    async_checkpoint: bool = True  # written beside the training, from a copy in memory; false: training waits, no copy
+    stall_timeout: float = field(
+        default=600.0, metadata=NOT_NEGATIVE
+    )  # seconds without a sign of life after which a process says so and ends; 0: never
     log_every: int = field(default=10, metadata=AT_LEAST_ONE)  # steps between rows of metrics.jsonl
 
     def __post_init__(self) -> None:
@@ -254,6 +259,11 @@ def _apply_override(tree: dict, override: str) -> None:
     tree[leaf] = _parse_yaml(text, f"override {override!r}") if text.strip() else None
 
 
+def build(cls: type, tree: object, where: str) -> typing.Any:
+    """Any dataclass from a plain mapping, checked as strictly as a config; `where` is named in errors."""
+    return _build(cls, tree, where=where, key="")
+
+
 def _build(cls: type, tree: object, where: str, key: str) -> typing.Any:
     """Fills dataclass `cls` from a mapping; `key` is the dotted path so far, for errors."""
     if not isinstance(tree, dict):
@@ -267,6 +277,9 @@ def _build(cls: type, tree: object, where: str, key: str) -> typing.Any:
             near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(fields)}"
             raise ValueError(f"{where}: unknown key {_join(key, name)!r}; {remedy}")
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in tree:
+            raise ValueError(f"{where}: {_join(key, name)} is missing")
     values = {name: _convert(value, hints[name], where, _join(key, name)) for name, value in tree.items()}
     for name, value in values.items():
         _check_bounds(value, fields[name].metadata, where, _join(key, name))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
-from typing import TYPE_CHECKING
+from collections import Counter
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.dataset import Prepared, TrainRows
 from data.tokenizer import Tokenizer
@@ -20,9 +23,7 @@ from train.guard import StepGuard
 from train.plan import Plan
 from train.precision import resolve_precision
 from train.progress import Clock, Progress
-
-if TYPE_CHECKING:
-    from train.loop import StepSums
+from train.step import StepSums, StepVerdict
 
 # Dense bf16 peaks, FLOP/s, from the makers' data sheets (without sparsity), by the name torch gives the device. Others, laptop
 # and NVL variants among them, have no MFU.
@@ -104,7 +105,7 @@ def _skipped(prepared: Prepared, rows: TrainRows) -> str:
 
 
 def step_row(
-    sums: StepSums, model: MoEForCausalLM, plan: Plan, config: RunConfig, world: World, precision: str, learning_rate: float,
+    sums: StepSums, model: MoEForCausalLM, plan: Plan, config: RunConfig, world: World, precision: str, learning_rate: Tensor,
     guard: StepGuard, progress: Progress, clock: Clock,
 ) -> dict:  # fmt: skip
     """The row of metrics.jsonl for the step just done. Its losses are this step's own, so a resumed run logs the same."""
@@ -117,14 +118,15 @@ def step_row(
         "step": progress.step,
         "tokens": progress.tokens,
         "train_seconds": round(seconds, 3),
-        "loss": (sums.nats / sums.targets.clamp(min=1)).item(),
+        "loss": sums.loss.item(),
         "aux_loss": sums.aux_loss.item(),
-        "learning_rate": learning_rate,
+        "learning_rate": learning_rate.item(),
         "grad_norm": sums.norm.item(),
         "tokens_per_second": speed,
         "mfu": _mfu(speed, config, plan, world, precision),
         "memory_gib": memory_gib(world.device),
         "skipped_steps": int(guard.bad_total.item()),
+        "rows_digest": int(sums.rows_digest.item()),
     }
     if sums.tokens_per_expert is not None:
         micro_batches = plan.accumulation * world.size
@@ -168,6 +170,54 @@ def step_text(row: dict, plan: Plan) -> str:
     if left is not None:
         parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
     return "  ".join(parts)
+
+
+def bad_step_row(verdict: StepVerdict, step: int, plan: Plan, rows: TrainRows) -> dict:
+    """The row of metrics.jsonl for a step that was skipped: where its rows came from, and what each micro-batch's loss was."""
+    first, size = (step - 1) * plan.rows_per_step, plan.micro_batch_size
+    micro_batches = []
+    for g, loss in enumerate(verdict.micro_losses):
+        positions = range(first + g * size, first + (g + 1) * size)
+        sources = Counter(rows.origin(position)[0] for position in positions)
+        micro_batches.append({"rows": [positions[0], positions[-1]], "loss": loss, "sources": dict(sources)})
+    return {
+        "kind": "bad_step",
+        "step": step,
+        "rows": [first, first + plan.rows_per_step - 1],
+        "loss": verdict.loss,
+        "grad_norm": verdict.grad_norm,
+        "mean_norm": verdict.mean_norm,
+        "micro_batches": micro_batches,
+    }
+
+
+def bad_step_text(verdict: StepVerdict, step: int, plan: Plan, rows: TrainRows, run_dir: Path) -> str:
+    worst = [i for i, loss in enumerate(verdict.micro_losses) if not math.isfinite(loss)]
+    finite = not worst and math.isfinite(verdict.grad_norm)
+    if not worst:
+        worst = [max(range(len(verdict.micro_losses)), key=verdict.micro_losses.__getitem__)]
+    first = (step - 1) * plan.rows_per_step + worst[0] * plan.micro_batch_size
+    last = (step - 1) * plan.rows_per_step + (worst[-1] + 1) * plan.micro_batch_size - 1
+    sources = ", ".join(sorted({rows.origin(position)[0] for position in (first, last)}))
+    why = (
+        f"its gradient norm {verdict.grad_norm:.3g} is far above the usual {verdict.mean_norm:.3g}"
+        if finite
+        else f"loss {verdict.loss:.3g} or gradient norm {verdict.grad_norm:.3g} is not finite"
+    )
+    return (
+        f"step {step}: skipped, {why}, {verdict.bad_in_a_row} in a row; the highest loss came from rows {first} to {last} ({sources}): "
+        f"python -m scripts.show_rows {run_dir} {first} {last}"
+    )
+
+
+def too_many_bad_steps(verdict: StepVerdict, step: int, plan: Plan, config: RunConfig) -> str:
+    n = verdict.bad_in_a_row
+    first, last = (step - n) * plan.rows_per_step, step * plan.rows_per_step - 1
+    return (
+        f"{config.run_dir}: {n} steps in a row were skipped, the last of them step {step} (train.max_bad_steps: "
+        f"{config.train.max_bad_steps}); its checkpoints are intact: look at the text (python -m scripts.show_rows {config.run_dir} "
+        f"{first} {last}), or start another run (name) with a lower train.learning_rate"
+    )
 
 
 def held_out_text(row: dict) -> str:

@@ -1,24 +1,30 @@
-"""One process or many: what torchrun's environment says, and the two collectives the loop needs."""
+"""One process or many: what torchrun's environment says, how ranks agree, and what happens when one is lost."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
+import itertools
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.cli import USER_ERROR
+from train.cli import USER_ERROR, Unfinished
 from train.config import TrainConfig
 from train.memory import keep_freed_memory
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-@dataclass(frozen=True)
+
+@dataclass
 class World:
     """Where this process stands. `size` 1 without torchrun: then every collective is the identity."""
 
@@ -26,10 +32,19 @@ class World:
     size: int
     device: torch.device
     threads: int  # CPU threads of this process
+    store: dist.Store | None = None  # the key-value store of torchrun's rendezvous
+    doing: str = "starting"  # what this process is at, for whoever asks why nothing moves
+    beats: int = 0  # how often it has moved on
+    _calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def beat(self, doing: str) -> None:
+        """Notes what comes next: the sign of life that `train.watchdog` looks for."""
+        self.doing = doing
+        self.beats += 1
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in a new tensor."""
@@ -39,23 +54,67 @@ class World:
         return total
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Runs `action` on rank 0 while the others wait. If it fails there, they leave too: rank 0 says why."""
-        failure = None
+        """Runs `action` on rank 0 while the others wait, for hours if need be. If it fails, they leave too: rank 0 says why."""
+        if self.size == 1:
+            action()
+            return
+        key = f"on_main/{next(self._calls)}"
         if self.is_main:
             try:
                 action()
-            except (ValueError, OSError) as error:
-                failure = error
-        failed = self.sum(torch.tensor(float(failure is not None), device=self.device)).item()
-        if failed:
-            stop(self)
-            if failure is not None:
-                raise failure
+            except BaseException:
+                self.store.set(key, "failed")
+                raise
+            self.store.set(key, "done")
+            return
+        while True:
+            with contextlib.suppress(dist.DistStoreError):  # not yet
+                self.store.wait([key], datetime.timedelta(seconds=5))
+                break
+        if self.store.get(key) == b"failed":
             sys.exit(USER_ERROR)
 
+    def fail(self, message: str) -> None:
+        """Ends a run for a reason that every rank sees alike: ValueError on rank 0, which says it; the others leave."""
+        if self.is_main:
+            raise ValueError(message)
+        sys.exit(USER_ERROR)
 
-def start(config: TrainConfig) -> World:
-    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU) and sets device and threads."""
+    def agree(self, value: int, otherwise: str) -> None:
+        """`fail` with `otherwise` unless every rank has the same value (of at most 52 bits)."""
+        if self.size == 1:
+            return
+        extremes = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        high, low = extremes.tolist()
+        if high != -low:
+            self.fail(otherwise)
+
+
+@contextlib.contextmanager
+def joined(config: TrainConfig) -> Iterator[World]:
+    """Joins the process group that torchrun describes and leaves it at the end; sets device and threads.
+
+    A connection that breaks, because another process has died or cannot be reached, is raised as Unfinished.
+    """
+    world = _join(config)
+    try:
+        yield world
+    except RuntimeError as error:
+        if world.size > 1 and _is_lost_connection(error):
+            raise Unfinished(
+                f"rank {world.rank} of {world.size}, {world.doing}: another process is lost ({_first_line(error)}); the same command "
+                "goes on from the newest checkpoint, and so does torchrun --max-restarts by itself"
+            ) from None
+        _leave(world)
+        raise
+    except BaseException:
+        _leave(world)
+        raise
+    _leave(world)
+
+
+def _join(config: TrainConfig) -> World:
     size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
                               (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -67,17 +126,41 @@ def start(config: TrainConfig) -> World:
     keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = None
     if size > 1:
-        # Hours, because the others wait while rank 0 prepares the data; a rank that dies is noticed by torchrun at once.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
-    return World(rank, size, device, threads)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _end_with_parent()
+        # The watchdog ends what stands still long before a collective gives up by itself.
+        patience = datetime.timedelta(seconds=max(2 * config.stall_timeout, 60) if config.stall_timeout else 6 * 3600)
+        store, _, _ = next(dist.rendezvous("env://"))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=patience
+        )
+    return World(rank, size, device, threads, store)
 
 
-def stop(world: World) -> None:
+def _leave(world: World) -> None:
     """Leaves the process group. The last collective's tensors are dropped by gloo's threads, which need Python for it."""
     if world.size > 1:
         time.sleep(0.2)  # a thread that has not had its turn when Python ends aborts the process (1 run in 20)
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Asks Linux for a SIGTERM when torchrun, the parent, dies: a killed launcher leaves no process that trains on alone."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    return any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rpartition("] ")[2][:120]
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

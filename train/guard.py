@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +14,20 @@ MEMORY = 0.98  # decay of the gradient norm's running mean: about 50 steps
 SETTLED = 50  # accepted steps before a norm can be called a spike
 
 
+@dataclass
+class GuardState:
+    """What a checkpoint keeps of StepGuard."""
+
+    mean_norm: float = 0.0
+    accepted_steps: float = 0.0
+    bad_in_a_row: float = 0.0
+    bad_total: float = 0.0
+
+
 class StepGuard:
     """Accepts or refuses each step on the device: not finite, or a gradient norm above spike_factor x its running mean.
 
-    State: `mean_norm`, `accepted_steps`, `bad_in_a_row`, `bad_total`, all scalar tensors on the device; saved with checkpoints.
+    `mean_norm`, `accepted_steps`, `bad_in_a_row`, `bad_total` are float32 scalars on the device (counts are exact to 2^24).
     """
 
     def __init__(self, device: torch.device, spike_factor: float) -> None:
@@ -40,17 +52,12 @@ class StepGuard:
         self.bad_total = self.bad_total + ~accepted
         return accepted
 
-    def state(self) -> dict[str, float]:
-        return {
-            "mean_norm": self.mean_norm.item(),
-            "accepted_steps": self.accepted_steps.item(),
-            "bad_in_a_row": self.bad_in_a_row.item(),
-            "bad_total": self.bad_total.item(),
-        }
+    def state(self) -> GuardState:
+        return GuardState(**{field.name: getattr(self, field.name).item() for field in dataclasses.fields(GuardState)})
 
-    def load_state(self, state: dict[str, float]) -> None:
-        for key in self.state():
-            setattr(self, key, torch.full_like(getattr(self, key), state[key]))
+    def load_state(self, state: GuardState) -> None:
+        for key, value in dataclasses.asdict(state).items():
+            setattr(self, key, torch.full_like(getattr(self, key), value))
 
 
 class LateReading:
@@ -84,17 +91,23 @@ class LateReading:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask for a stop after the current step; another one, a second or more later, ends the process at once.
+    """SIGTERM, SIGINT, SIGHUP (a closed terminal) and SIGUSR1 (a scheduler's warning) ask for a stop after the current step;
+    another one, a second or more later, ends the process at once.
 
     A second's grace, because one Ctrl-C often arrives twice: from the terminal, and passed on by torchrun or a script.
+    A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
     """
 
     GRACE_SECONDS = 1.0
+    NUMBERS = tuple(
+        getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.received, self._since = 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in self.NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
         now = time.monotonic()

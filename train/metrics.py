@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import secrets
+import stat
 import sys
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from train.config import RunConfig, to_dict
+
+WANDB_SECONDS = 30  # that wandb may take to reach its server at the start, and again to finish uploading at the end
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -18,23 +26,41 @@ def read_rows(path: Path) -> list[dict]:
     A resumed run may log a step again: a reader keeps the last row of each (kind, step).
     """
     rows = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():  # bytes: a kill may cut inside a character
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # cut off by a kill; the resumed run wrote it again
+    if path.is_file():
+        with open(path, "rb") as file:  # bytes: a kill may cut inside a character
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue  # cut off by a kill; the resumed run wrote it again
+                if isinstance(row, dict):
+                    rows.append(row)
     return rows
 
 
 def append_row(path: Path, row: dict) -> None:
     """Adds one JSON line. A line that a kill left unfinished is closed first."""
     line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "ab+") as file:
+    with open(path, "ab+", opener=_open_plain) as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = "\n" + line
         file.write(line.encode("utf-8"))
+
+
+def _open_plain(path: str, flags: int) -> int:
+    """An opener for files of a run: a plain file, never what a link leads to, nor a pipe that would wait for a reader."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    raise ValueError(f"{path}: is a link or a device, and a run writes to plain files alone; remove it")
 
 
 def _finite(value: object) -> object:
@@ -49,12 +75,15 @@ def _finite(value: object) -> object:
 class Reporter:
     """The run's voice, on rank 0; on other ranks every method does nothing.
 
-    `say` prints and keeps in log.txt, `log` adds a row to metrics.jsonl and wandb, `progress` moves tqdm's bar.
+    `say` prints and keeps in log.txt, `log` adds a row to metrics.jsonl and wandb, `progress` moves tqdm's bar. A context
+    manager: leaving it closes the bar and wandb whatever happened. OSError where the disk refuses a line; after the first
+    one nothing more is written, so that the last words of a run that ends for it are still printed.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, steps: int, start: int, speaks: bool) -> None:
         self.speaks, self.run_dir = speaks, run_dir
         self._wandb = self._bar = None
+        self._disk_refused = False
         if not speaks:
             return
         if config.wandb.mode != "disabled":
@@ -64,6 +93,12 @@ class Reporter:
 
             self._bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", dynamic_ncols=True)
 
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
     def say(self, text: str) -> None:
         if not self.speaks:
             return
@@ -71,63 +106,153 @@ class Reporter:
             self._bar.write(text)
         else:
             print(text, flush=True)
-        with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        self._write(append_text, "log.txt", without_home(text) + "\n")
 
     def log(self, row: dict) -> None:
         if not self.speaks:
             return
-        append_row(self.run_dir / "metrics.jsonl", row)
+        self._write(append_row, "metrics.jsonl", row)
         if self._wandb is not None:
-            self._wandb.log(_flat(row))
+            self._to_wandb(lambda run: run.log(_flat(row)))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Keeps a sample in samples.jsonl and says it."""
         if self.speaks:
-            append_row(self.run_dir / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+            self._write(append_row, "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
             self.say(f"  {prompt!r} -> {text!r}")
 
     def progress(self) -> None:
         if self._bar is not None:
             self._bar.update()
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def close(self, failed: bool = False) -> None:
+        """Closes the bar and wandb, which is told whether the run failed. A second call does nothing."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._to_wandb(lambda run: run.finish(exit_code=int(failed)))
+        self._wandb = None
+
+    def _write(self, append: Callable[[Path, typing.Any], None], name: str, what: object) -> None:
+        if self._disk_refused:
+            return
+        try:
+            append(self.run_dir / name, what)
+        except OSError:
+            self._disk_refused = True
+            raise
+
+    def _to_wandb(self, call: Callable[[typing.Any], None]) -> None:
+        """wandb is a guest: what goes wrong with it is said once, and the run goes on without it."""
+        try:
+            call(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            self.say(f"wandb: {_one_line(error)}; the run goes on without it, metrics.jsonl has every row")
 
 
-def _start_wandb(config: RunConfig, run_dir: Path, say) -> object:
-    """The run's wandb run: the same one again after a resume. Online without a key goes offline and says so."""
+def append_text(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8", opener=_open_plain) as file:
+        file.write(text)
+
+
+def _start_wandb(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> object:
+    """The run's wandb run: the same one again after a resume. Online without a key, or without a network, goes offline and says so."""
     mode = config.wandb.mode
+    os.environ.setdefault(
+        "WANDB_ERROR_REPORTING", "false"
+    )  # read when wandb is imported: no crash reports to its makers
     try:
         import wandb
     except ImportError:
         raise ValueError(
             f"wandb.mode: {mode!r} needs wandb; run: pip install wandb, or set wandb.mode to disabled"
         ) from None
+    if (run_dir / "wandb").is_symlink():
+        raise ValueError(f"{run_dir / 'wandb'}: is a link, and a run writes to plain files alone; remove it")
+    run_id = _wandb_id(run_dir / "wandb_id")
 
-    id_file = run_dir / "wandb_id"
-    if not id_file.is_file():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    try:
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            say(
-                "wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it"
-            )
-            mode = "offline"
-        run = wandb.init(
-            project=config.wandb.project, group=config.wandb.group, name=config.name, id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow", mode=mode, dir=str(run_dir), config=to_dict(config),
+    def start(mode: str) -> typing.Any:
+        return wandb.init(
+            project=config.wandb.project, group=config.wandb.group, name=config.name, id=run_id, resume="allow", mode=mode,
+            dir=os.path.relpath(run_dir), config=_map_texts(to_dict(config), without_home), settings=_discreet_settings(wandb),
         )  # fmt: skip
-    except wandb.Error as error:
+
+    run = None
+    if mode == "online":
+        try:
+            if wandb.login(prompt=False, verify=False, timeout=WANDB_SECONDS):
+                run = start(mode)
+            else:
+                say(
+                    "wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it"
+                )
+        except Exception as error:  # of many kinds: no network, a server that does not answer, a key it does not take
+            say(f"wandb: {_one_line(error)}; so this run is logged offline; `wandb sync` uploads it")
+            wandb.teardown()  # or its background process holds on to the run's id
+    try:
+        run = run or start("offline")
+    except Exception as error:
         raise ValueError(
-            f"wandb.mode: {mode!r}: wandb could not start ({error}); set wandb.mode to offline or disabled"
+            f"wandb.mode: {mode!r}: wandb could not start ({_one_line(error)}); set wandb.mode to offline or disabled"
         ) from None
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # a resumed run goes back some steps; wandb's own counter may not
+    for link in run_dir.glob("wandb/*/logs/debug-core.log"):
+        link.unlink(missing_ok=True)  # it leads into the home folder
     return run
+
+
+def _discreet_settings(wandb: types.ModuleType) -> object:
+    """wandb notes where and by whom it is run. None of it is for a run folder that moves, or for a server.
+
+    What remains: versions of wandb and Python, the operating system, times, and what the config and the rows say.
+    """
+    try:
+        return wandb.Settings(
+            disable_code=True, disable_git=True, save_code=False, x_save_requirements=False,  # the program
+            host="", username="", email="", docker="", program="minimoe", x_disable_machine_info=True, x_disable_meta=True,
+            x_disable_stats=True,  # it asks a cloud's metadata address which machine this is; our rows have speed and memory
+            console="off", symlink=False, use_dot_wandb=False,  # log.txt has what is said; no links within the run folder
+            init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS,
+        )  # fmt: skip
+    except Exception as error:
+        raise ValueError(
+            f"wandb {wandb.__version__} does not take the settings that keep names of machines and people out of its files "
+            f"({_one_line(error)}); pip install wandb==0.31.0, or set wandb.mode to disabled"
+        ) from None
+
+
+def _wandb_id(path: Path) -> str:
+    """The name under which wandb knows this run, made when it is first wanted."""
+    with open(path, "a+", encoding="utf-8", opener=_open_plain) as file:
+        file.seek(0)
+        run_id = file.read(100).strip()
+        if not run_id:  # new, or cut off by a kill
+            run_id = secrets.token_hex(4)
+            file.write(run_id)
+    if not re.fullmatch("[0-9a-z]{8}", run_id):
+        raise ValueError(f"{path}: {run_id!r} is no id of ours, which are eight letters and digits; remove this file")
+    return run_id
+
+
+def without_home(text: str) -> str:
+    """The text with ~ for the home folder: logs and reports are passed on, and need not tell whose they are."""
+    home = os.path.expanduser("~")
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+def _map_texts(value: object, change: Callable[[str], str]) -> typing.Any:
+    if isinstance(value, dict):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _flat(row: dict, prefix: str = "") -> dict:

@@ -28,7 +28,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: Tensor | float) -> None:
+    """Times each group's multiplier. A tensor stays on its device: nothing waits for its value."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_multiplier"]
 
@@ -52,16 +53,26 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     }
 
 
+def expected_state(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors with the names, shapes and types of `state_tensors` after the first step (and no memory of their own)."""
+    return {
+        f"{name}/{key}": torch.empty(parameter.shape if key != "step" else (), dtype=torch.float32, device="meta")
+        for name, parameter in model.named_parameters()
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+
+
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """The reverse of `state_tensors`. ValueError, naming the tensor, if one is missing or has another shape."""
     if not tensors:
         return  # saved before the first step
+    for key, expected in expected_state(model).items():
+        found = tensors.get(key)
+        if found is None or found.shape != expected.shape:
+            there = "absent" if found is None else f"of shape {tuple(found.shape)}"
+            raise ValueError(
+                f"optimizer state: {key} is {there}, wanted {tuple(expected.shape)}; use another checkpoint"
+            )
     for name, parameter in model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq", "step"):
-            tensor, shape = tensors.get(f"{name}/{key}"), parameter.shape if key != "step" else torch.Size()
-            if tensor is None or tensor.shape != shape:
-                found = "absent" if tensor is None else f"of shape {tuple(tensor.shape)}"
-                raise ValueError(
-                    f"optimizer state: {name}/{key} is {found}, wanted {tuple(shape)}; use another checkpoint"
-                )
-            optimizer.state[parameter][key] = tensor.to(parameter.device)
+            optimizer.state[parameter][key] = tensors[f"{name}/{key}"].to(parameter.device)

@@ -8,17 +8,28 @@ from dataclasses import dataclass
 
 import torch
 
+from train.guard import GuardState
+
 
 @dataclass
 class Progress:
-    """What a checkpoint says of the run beside weights and moments."""
-
-    step: int = 0  # optimizer steps done
+    step: int = 0  # optimizer steps done, skipped ones too
     tokens: int = 0  # tokens seen, over all ranks
     train_seconds: float = 0.0
     best_loss: float | None = None
     best_step: int | None = None
-    bad_steps: int = 0  # skipped steps already reported
+
+
+@dataclass
+class TrainingState:
+    """A checkpoint's state.json."""
+
+    step: int
+    ranks: int  # processes that trained
+    progress: Progress
+    guard: GuardState
+    data: dict  # {source: SHA-256 of its prepared training data}
+    tokenizer: str  # SHA-256 of tokenizer.json
 
 
 class Clock:

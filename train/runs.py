@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import datetime
+import fcntl
 import json
 import os
 import platform
+import time
+import typing
 from pathlib import Path
 
 import torch
@@ -19,21 +22,82 @@ from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.config import RunConfig, to_dict, to_yaml
 from train.distributed import World
-from train.metrics import read_rows
+from train.metrics import append_text, read_rows
+from train.progress import TrainingState
 
 # What may change when a run goes on: how it is executed and watched, not what it computes.
 FREE_SECTIONS = ("eval", "wandb")
 FREE_KEYS = frozenset(
-    ("name", "runs_dir", "data.cache_dir", "tokenizer.path", "model.expert_backend", "train.steps", "train.epochs",
+    ("name", "runs_dir", "data.cache_dir", "data.verify", "tokenizer.path", "model.expert_backend", "train.steps", "train.epochs",
      "train.micro_batch_size", "train.device", "train.threads", "train.precision", "train.compile",
      "train.activation_checkpointing", "train.deterministic", "train.checkpoint_every", "train.keep_checkpoints",
-     "train.log_every", "train.max_bad_steps", "train.init_from")
+     "train.keep_every", "train.async_checkpoint", "train.stall_timeout", "train.log_every", "train.max_bad_steps",
+     "train.init_from")
 )  # fmt: skip
+FREE_SOURCE_KEYS = (
+    "path",
+    "data_files",
+    "streaming",
+)  # where a source's text lies: what it says is compared by content
+
+# What training writes into; none may be a link, which could lead anywhere.
+OWN = (".lock", "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "log.txt", "tokenizer", "checkpoints", "wandb", "wandb_id")  # fmt: skip
 
 
 class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.path = config.run_dir
+        self._lock: typing.IO | None = None
+        self._began = time.monotonic()
+
+    def claim(self, tokenizer: Tokenizer) -> None:
+        """Makes the folder this process's own until it ends, sees to its checkpoints, and says what was wrong with them.
+
+        ValueError if another process trains it, if it holds something else, if a file of it is a link, or if all its
+        checkpoints are damaged.
+        """
+        if self.path.is_dir() and any(self.path.iterdir()) and not any((self.path / name).exists() for name in OWN[:2]):
+            raise ValueError(f"name: {self.path} is a folder with other things in it; give the run another name")
+        for name in OWN:
+            if (self.path / name).is_symlink():
+                raise ValueError(
+                    f"{self.path / name}: is a link, and training would write where it leads; put the file itself there "
+                    "(the run folder as a whole may be a link)"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")  # held as long as this process lives
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise ValueError(
+                f"{self.path}: another training (process {self._lock.read(20).strip() or 'unknown'}) is writing this run; wait for it, "
+                "stop it, or give this run another name"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+        self.check_tokenizer(tokenizer)
+        checkpoint.sweep(self.path)
+        newest, notes = checkpoint.newest_intact(self.path)
+        for note in notes:
+            going_on = f"going on from {newest.name}"
+            print(f"{note}; {going_on}", flush=True)
+            append_text(self.path / "log.txt", f"{note}; {going_on}\n")
+
+    def close(self) -> None:
+        """Lets another process have it."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """ValueError if the run began with another tokenizer."""
+        own = self.path / "tokenizer"
+        if own.is_dir() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"tokenizer.path: this is another tokenizer than the one the run began with ({own}); "
+                "give the run another name, or remove its folder to start afresh"
+            )
 
     def newest_checkpoint(self) -> Path | None:
         found = checkpoint.complete_checkpoints(self.path)
@@ -49,7 +113,7 @@ class RunFolder:
             config.model.expert_backend = resolved_backend
             return config
         saved = checkpoint.read_config(newest)
-        before, now = _flat(to_dict(saved)), _flat(to_dict(config))
+        before, now = _identity(saved), _identity(config)
         for key in sorted(before.keys() | now.keys()):
             free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
             if not free and before.get(key) != now.get(key):
@@ -61,21 +125,24 @@ class RunFolder:
             config.model.expert_backend = saved.model.expert_backend
         return config
 
+    def check_data(self, state: TrainingState, prepared: Prepared) -> None:
+        """ValueError, naming the source, if the shards hold other tokens than those the run was trained on."""
+        for name, digest in prepared.content_digests().items():
+            before = state.data.get(name)
+            if before != digest:
+                raise ValueError(
+                    f"source {name!r}: its training data is no longer what the run in {self.path} began with (SHA-256 {digest[:12]}, "
+                    f"was {str(before)[:12]}); bring the text back as it was, or give the run another name"
+                )
+
     def write(self, config: RunConfig, tokenizer: Tokenizer) -> None:
-        """config.yaml and tokenizer/; a tokenizer already there must be the same."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        own = self.path / "tokenizer"
-        if own.is_dir() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"tokenizer.path: {config.tokenizer.path!r} is another tokenizer than the one this run began with ({own}); "
-                "give the run another name, or remove its folder to start afresh"
-            )
-        tokenizer.save(own)
+        """config.yaml and tokenizer/."""
+        tokenizer.save(self.path / "tokenizer")
         _replace_text(self.path / "config.yaml", to_yaml(config))
 
     def is_finished(self, newest: Path, steps: int, prepared: Prepared) -> bool:
         """Whether the last checkpoint and, where anything is held out, the last held-out losses are there."""
-        if checkpoint.read_state(newest)["step"] < steps:
+        if checkpoint.read_training_state(newest).step < steps:
             return False
         if not any(source["held_out"]["documents"] for source in prepared.index["sources"]):
             return True
@@ -96,8 +163,7 @@ class RunFolder:
             return
         record = self._record()
         session = record["sessions"][-1]
-        began = datetime.datetime.fromisoformat(session["started"])
-        elapsed = (datetime.datetime.now(datetime.UTC) - began).total_seconds()
+        elapsed = time.monotonic() - self._began
         session.update(to_step=step, seconds=round(elapsed, 1), train_seconds=round(train_seconds, 1))
         self._write_record(record)
 
@@ -106,11 +172,12 @@ class RunFolder:
         if not path.is_file():
             return {"machine": {}, "started": _now(), "sessions": []}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(
-                f"{path}: this file is not JSON any more; remove it (it only keeps dates and the machine)"
-            ) from None
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("sessions"), list):
+            raise ValueError(f"{path}: this file is damaged; remove it (it only keeps dates and the machine)")
+        return record
 
     def _write_record(self, record: dict) -> None:
         _replace_text(self.path / "run.json", json.dumps(record, indent=1))
@@ -137,6 +204,15 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _identity(config: RunConfig) -> dict:
+    """What makes a run this run, and may not change when it goes on; the free keys are still among it."""
+    flat = _flat(to_dict(config))
+    flat["data.sources"] = [
+        {key: value for key, value in source.items() if key not in FREE_SOURCE_KEYS} for source in flat["data.sources"]
+    ]
+    return flat
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -1,8 +1,11 @@
-"""Learning rate as a fraction of the peak, a pure function of the step: resuming needs no state."""
+"""The learning rate: a pure function of how many steps were taken."""
 
 from __future__ import annotations
 
 import math
+
+import torch
+from torch import Tensor
 
 from train.config import TrainConfig
 
@@ -27,3 +30,10 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
         return peak * (low + (1 - low) * min(remaining, 1.0))
     assert config.schedule == "constant", f"unknown schedule {config.schedule}"
     return peak
+
+
+def learning_rate_table(steps: int, config: TrainConfig, device: torch.device) -> Tensor:
+    """(steps,) float32 on the device: the learning rate of each step. There, because only the device knows at once how many
+    steps were taken: a step that the guard refuses does not move the schedule on."""
+    rates = [learning_rate_at(step, steps, config) for step in range(steps)]
+    return torch.tensor(rates, dtype=torch.float32, device=device)

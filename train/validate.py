@@ -6,19 +6,20 @@ Losses are summed in float64, so that neither batch size nor the number of ranks
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.chat import encode_prompt
-from data.dataset import Prepared
+from data.dataset import HeldOutRows, Prepared
 from data.tokenizer import Tokenizer
 from model import MoEForCausalLM
 from model.generate import generate
 from train.config import RunConfig
 from train.distributed import World
+from train.guard import StopSignals
 from train.precision import Autocast
 from train.progress import Progress
 
@@ -66,29 +67,46 @@ def held_out_loss(
 
 
 def held_out_row(
-    model: MoEForCausalLM, prepared: Prepared, config: RunConfig, world: World, autocast: Autocast, progress: Progress
-) -> dict | None:
-    """The held-out loss of every source, shared out over ranks, as a row of metrics.jsonl; None where nothing is held out."""
+    model: MoEForCausalLM,
+    prepared: Prepared,
+    config: RunConfig,
+    world: World,
+    autocast: Autocast,
+    progress: Progress,
+    signals: StopSignals,
+) -> tuple[dict | None, bool]:
+    """The held-out loss of every source, shared out over ranks, as a row of metrics.jsonl, None where nothing is held out; and
+    whether it was broken off because a rank was asked to stop."""
     masked = config.data.document_mask or config.data.format == "chat"
     sources, losses = {}, {}
+
+    def own_batches(held: HeldOutRows, name: str) -> Iterator[dict[str, Tensor]]:
+        for i, batch in enumerate(held.batches(config.eval.batch_size)):
+            if signals.received:
+                return
+            if i % world.size == world.rank:
+                world.beat(f"step {progress.step}: held-out loss of {name}")
+                yield batch
+
     for name in prepared.names:
         held = prepared.held_out(name, config.context_length, masked)
         if config.eval.max_tokens is not None:
             held = held.subset(config.eval.max_tokens)
         if held.n_tokens == 0:
             continue
-        batches = (
-            batch for i, batch in enumerate(held.batches(config.eval.batch_size)) if i % world.size == world.rank
-        )
         with torch.compiler.set_stance("force_eager"):  # evaluation's many shapes are not worth compiling
-            local = held_out_loss(model, batches, world.device, autocast)
-        sums = world.sum(torch.tensor([local.nats, local.targets], dtype=torch.float64, device=world.device)).tolist()
-        losses[name] = whole = HeldOutLoss(sums[0], int(sums[1]))
+            local = held_out_loss(model, own_batches(held, name), world.device, autocast)
+        world.beat(f"step {progress.step}: waiting for the other ranks")
+        sums = torch.tensor([local.nats, local.targets, signals.received > 0], dtype=torch.float64, device=world.device)
+        nats, targets, stop = world.sum(sums).tolist()
+        if stop:
+            return None, True
+        losses[name] = whole = HeldOutLoss(nats, int(targets))
         sources[name] = whole.figures(held.n_bytes)
     if not losses:
-        return None
+        return None, False
     mean = sum(each.nats for each in losses.values()) / max(sum(each.targets for each in losses.values()), 1)
-    return {
+    row = {
         "kind": "held_out",
         "step": progress.step,
         "tokens": progress.tokens,
@@ -96,6 +114,7 @@ def held_out_row(
         "sources": sources,
         "loss": mean,
     }
+    return row, False
 
 
 def loss_that_decides(row: dict, config: RunConfig) -> float:

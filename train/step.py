@@ -1,0 +1,166 @@
+"""One optimizer step over all ranks and micro-batches: what is summed, what is judged, what the host learns of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.dataset import TrainRows
+from model import MoEForCausalLM
+from train.config import RunConfig
+from train.distributed import World
+from train.guard import StepGuard
+from train.optim import step_if
+from train.plan import Plan
+from train.precision import Autocast
+
+
+@dataclass
+class StepVerdict:
+    """What the host needs to know of a step, read from the device a step late."""
+
+    stop: bool  # some rank was asked to stop
+    failed: bool  # rank 0 could not write a checkpoint
+    accepted: bool
+    bad_in_a_row: int
+    loss: float  # mean over the step's targets
+    grad_norm: float
+    mean_norm: float  # what is usual, after this step
+    micro_losses: list[float]  # by global micro-batch
+
+    @staticmethod
+    def of(values: list[float]) -> StepVerdict:
+        stop, failed, accepted, bad_in_a_row, loss, grad_norm, mean_norm, *micro_losses = values
+        return StepVerdict(
+            stop > 0, failed > 0, accepted > 0, int(bad_in_a_row), loss, grad_norm, mean_norm, micro_losses
+        )
+
+
+@dataclass
+class StepSums:
+    """A step's sums over micro-batches and ranks, on the device."""
+
+    nats: Tensor  # () float64
+    targets: Tensor  # () float64
+    aux_loss: Tensor  # () float64, weighted, averaged
+    norm: Tensor  # () float32, before clipping
+    accepted: Tensor  # () bool, whether the guard let the step be taken
+    stop: Tensor  # () float64, above 0 if any rank was asked to stop
+    failed: Tensor  # () float64, above 0 if rank 0 could not write a checkpoint
+    rows_digest: Tensor  # () float64, a whole number: which rows stood at which positions
+    micro_losses: Tensor  # (accumulation * ranks,) float64, mean cross-entropy of each micro-batch
+    routing_sums: Tensor | None  # (L, 4) float64, see MoEForCausalLM.routing_counts
+    tokens_per_expert: Tensor | None  # (L, E) float64
+
+    @property
+    def loss(self) -> Tensor:
+        """Nats per target."""
+        return self.nats / self.targets.clamp(min=1)
+
+    def verdict(self, guard: StepGuard) -> Tensor:
+        """The numbers of StepVerdict.of, in one tensor."""
+        scalars = (self.stop, self.failed, self.accepted, guard.bad_in_a_row, self.loss, self.norm, guard.mean_norm)
+        return torch.cat((torch.stack([scalar.double() for scalar in scalars]), self.micro_losses))
+
+
+def train_step(
+    parallel: nn.Module,
+    model: MoEForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    guard: StepGuard,
+    rows: TrainRows,
+    plan: Plan,
+    config: RunConfig,
+    world: World,
+    autocast: Autocast,
+    step: int,
+    asked: tuple[bool, bool],
+) -> StepSums:
+    """One optimizer step on rows [step * rows_per_step, (step + 1) * rows_per_step) of the endless row order.
+
+    Minimises sum over micro-batches of loss * n_targets / (targets of the whole step) + aux_loss averaged over ranks and
+    micro-batches: the same function whatever the split into ranks and micro-batches. `asked`: whether this rank was asked
+    to stop, and whether it could not write a checkpoint; the sums tell all ranks.
+    """
+    world.beat(f"step {step + 1}: reading rows")
+    global_indices = [a * world.size + world.rank for a in range(plan.accumulation)]  # this rank's micro-batches
+    positions = [step * plan.rows_per_step + g * plan.micro_batch_size for g in global_indices]
+    batches = [rows.batch(position, plan.micro_batch_size) for position in positions]
+    here = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    digest = sum(rows_digest(batch["input_ids"], position) for batch, position in zip(batches, positions, strict=True))
+    world.beat(f"step {step + 1}: waiting for the other ranks")
+    targets, stop, failed, digest = world.sum(
+        _without_waiting(torch.tensor([here, *asked, digest], dtype=torch.float64), world.device)
+    )
+
+    optimizer.zero_grad(set_to_none=True)
+    model.reset_counts()
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    aux_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    micro_losses = torch.zeros(plan.accumulation * world.size, dtype=torch.float64, device=world.device)
+    for a, (g, batch) in enumerate(zip(global_indices, batches, strict=True)):
+        world.beat(f"step {step + 1}: forward and backward")
+        seed_randomness(config.seed, step, g)
+        last = a == plan.accumulation - 1
+        with contextlib.nullcontext() if last or world.size == 1 else parallel.no_sync():
+            with autocast():
+                out = parallel(
+                    **{key: _without_waiting(value, world.device) for key, value in batch.items()}, return_logits=False
+                )
+            # DDP averages gradients over ranks: `world.size` turns the mean of the first term back into a sum.
+            objective = out.loss * (out.n_targets * world.size / targets.float()) + out.aux_loss / plan.accumulation
+            objective.backward()
+        nats += out.loss.detach().double() * out.n_targets
+        aux_loss += out.aux_loss.detach().double() / (plan.accumulation * world.size)
+        micro_losses[g] = out.loss.detach()
+
+    world.beat(f"step {step + 1}: waiting for the other ranks")
+    nats, aux_loss, micro_losses, routing_sums, tokens_per_expert = _sum_over_ranks(
+        model, nats, aux_loss, micro_losses, world
+    )
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf)
+    accepted = guard.judge(norm, nats)
+    step_if(optimizer, accepted)
+    if tokens_per_expert is not None:
+        model.update_router_bias(tokens_per_expert, accepted)
+    return StepSums(
+        nats, targets, aux_loss, norm, accepted, stop, failed, digest, micro_losses, routing_sums, tokens_per_expert
+    )
+
+
+def rows_digest(input_ids: Tensor, position: int) -> int:
+    """Which rows (B, T) stood at `position` and after it: a sum over rows, so that it adds up over micro-batches and ranks."""
+    rows = input_ids.numpy()
+    return sum(zlib.crc32(row.tobytes(), (position + i) & 0xFFFFFFFF) for i, row in enumerate(rows))
+
+
+def seed_randomness(seed: int, step: int, micro_batch: int) -> None:
+    """Dropout and jitter of a micro-batch are a function of (seed, step, global micro-batch index) alone."""
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _sum_over_ranks(
+    model: MoEForCausalLM, nats: Tensor, aux_loss: Tensor, micro_losses: Tensor, world: World
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """nats, aux_loss, micro-batches' losses, routing sums (L, 4) and tokens per expert (L, E), in one collective; the last
+    two None when dense."""
+    parts = [nats.view(1), aux_loss.view(1), micro_losses]
+    if model.gates():
+        counts, sums = model.routing_counts()
+        parts += [sums.double().flatten(), counts.double().flatten()]
+    nats, aux_loss, micro_losses, *routing = world.sum(torch.cat(parts)).split([part.numel() for part in parts])
+    if not routing:
+        return nats[0], aux_loss[0], micro_losses, None, None
+    return nats[0], aux_loss[0], micro_losses, routing[0].view(sums.shape), routing[1].view(counts.shape)
+
+
+def _without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; through pinned memory, so that the host does not wait for the device's queue."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
