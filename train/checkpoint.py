@@ -62,19 +62,27 @@ def take_snapshot(
     previous: Snapshot | None = None,
 ) -> Snapshot:
     """A copy of weights and moments, into the memory of `previous` where that fits."""
-    kept = (previous.weights, previous.moments) if previous else ({}, {})
-    weights, moments = (
-        {name: _copied(tensor, old.get(name)) for name, tensor in tensors.items()}
-        for tensors, old in zip((_model_tensors(model), state_tensors(optimizer, model)), kept, strict=True)
+    old = previous or Snapshot(step, {}, {}, {}, "")
+    return Snapshot(
+        step,
+        weights={name: _copied(tensor, old.weights.get(name)) for name, tensor in _model_tensors(model).items()},
+        moments={
+            name: _copied(tensor, old.moments.get(name)) for name, tensor in state_tensors(optimizer, model).items()
+        },
+        state={"step": step, **state},
+        config=run_config.to_yaml(config),
     )
-    return Snapshot(step, weights, moments, {"step": step, **state}, run_config.to_yaml(config))
 
 
 def save(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, config: RunConfig
 ) -> Path:
-    """`take_snapshot` and `write`."""
-    return write(run_dir, take_snapshot(model, optimizer, step, state, config))
+    """`write` of the model and optimizer as they are, without a copy."""
+    weights, moments = (
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        for tensors in (_model_tensors(model), state_tensors(optimizer, model))
+    )
+    return write(run_dir, Snapshot(step, weights, moments, {"step": step, **state}, run_config.to_yaml(config)))
 
 
 def write(run_dir: Path, snapshot: Snapshot) -> Path:
@@ -129,21 +137,23 @@ def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     ValueError if there are checkpoints and all are damaged: a run is never started afresh in silence.
     """
-    notes, found = [], _named_checkpoints(run_dir)
-    for path in reversed(found):
-        reason = damage(path, FILES)
-        if reason is None:
-            break
+    found, damaged = _named_checkpoints(run_dir), {}
+    while found and (reason := damage(found[-1], FILES)) is not None:
+        damaged[found.pop()] = reason
+    if damaged and not found:
+        raise ValueError(
+            f"{next(iter(damaged.values()))}, and no other checkpoint in {run_dir / 'checkpoints'} is whole; copy one back, or remove "
+            f"{run_dir} to start afresh"
+        )
+    best = pointed(run_dir, "best")
+    if best is not None and (reason := damage(best, FILES)) is not None:
+        damaged[best] = reason
+    for path in damaged:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
-        notes.append(f"{reason}; the checkpoint is set aside as {aside.name}")
+    notes = [f"{reason}; the checkpoint is set aside as damaged-{path.name}" for path, reason in damaged.items()]
     intact = complete_checkpoints(run_dir)
-    if found and not intact:
-        raise ValueError(
-            f"{notes[-1]}, and no other is left in {run_dir / 'checkpoints'}; copy a checkpoint back, or remove {run_dir} to start "
-            "afresh"
-        )
     if intact and pointed(run_dir, "latest") != intact[-1]:
         point(run_dir, "latest", intact[-1].name)
     if pointed(run_dir, "best") is None:

@@ -22,6 +22,7 @@ from train.config import TrainConfig
 from train.memory import keep_freed_memory
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+WAITING = "waiting for the other ranks"
 
 
 @dataclass

@@ -176,8 +176,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
             ):  # equal: again after a resume
                 progress.best_loss, progress.best_step = loss, progress.step
                 save()  # a best step is worth a checkpoint of its own
-                if world.is_main:
-                    writer.point_best(progress.step)
+                world.on_main(lambda: writer.point_best(progress.step))
 
         while True:
             finished = progress.step >= plan.steps

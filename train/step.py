@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.dataset import TrainRows
 from model import MoEForCausalLM
 from train.config import RunConfig
-from train.distributed import World
+from train.distributed import WAITING, World
 from train.guard import StepGuard
 from train.optim import step_if
 from train.plan import Plan
@@ -94,7 +94,7 @@ def train_step(
     batches = [rows.batch(position, plan.micro_batch_size) for position in positions]
     here = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     digest = sum(rows_digest(batch["input_ids"], position) for batch, position in zip(batches, positions, strict=True))
-    world.beat(f"step {step + 1}: waiting for the other ranks")
+    world.beat(f"step {step + 1}: {WAITING}")
     targets, stop, failed, digest = world.sum(
         _without_waiting(torch.tensor([here, *asked, digest], dtype=torch.float64), world.device)
     )
@@ -120,7 +120,7 @@ def train_step(
         aux_loss += out.aux_loss.detach().double() / (plan.accumulation * world.size)
         micro_losses[g] = out.loss.detach()
 
-    world.beat(f"step {step + 1}: waiting for the other ranks")
+    world.beat(f"step {step + 1}: {WAITING}")
     nats, aux_loss, micro_losses, routing_sums, tokens_per_expert = _sum_over_ranks(
         model, nats, aux_loss, micro_losses, world
     )

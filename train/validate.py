@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 from model import MoEForCausalLM
 from model.generate import generate
 from train.config import RunConfig
-from train.distributed import World
+from train.distributed import WAITING, World
 from train.guard import StopSignals
 from train.precision import Autocast
 from train.progress import Progress
@@ -96,7 +96,7 @@ def held_out_row(
             continue
         with torch.compiler.set_stance("force_eager"):  # evaluation's many shapes are not worth compiling
             local = held_out_loss(model, own_batches(held, name), world.device, autocast)
-        world.beat(f"step {progress.step}: waiting for the other ranks")
+        world.beat(f"step {progress.step}: {WAITING}")
         sums = torch.tensor([local.nats, local.targets, signals.received > 0], dtype=torch.float64, device=world.device)
         nats, targets, stop = world.sum(sums).tolist()
         if stop:

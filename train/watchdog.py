@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import os
 import sys
 import threading
 import time
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from train.cli import UNFINISHED
-from train.distributed import World
+from train.distributed import WAITING, World
+
+
+@dataclass
+class Pulse:
+    """What is known of a rank. Times are this process's own, monotonic seconds."""
+
+    place: str = "0 never heard of"  # beats, and what it was doing
+    moved: float = 0.0  # when `place` was first heard
+    tick: str = ""
+    heard: float = 0.0  # when it last said anything at all
 
 
 class Watchdog:
     """A thread beside the training. When `world.beat` has not been called for `timeout` seconds (0: never), it prints on
-    standard error which rank stood still first, since when and at what, with this process's Python stacks, and ends the
+    standard error which rank stands still, since when and at what, with this process's Python stacks, and ends the
     process with exit code UNFINISHED: torchrun --max-restarts, or the same command, goes on from the newest checkpoint.
 
     Ranks tell each other through the store of the rendezvous. A process that was itself suspended starts counting anew.
@@ -26,7 +38,8 @@ class Watchdog:
     def __init__(self, world: World, timeout: float) -> None:
         self.world, self.timeout = world, timeout
         self._period = min(timeout / 10, 2.0)
-        self._seen = [("", time.monotonic())] * world.size  # what each rank last said, and when it was first heard
+        now = time.monotonic()
+        self._pulses = [Pulse(moved=now, heard=now) for _ in range(world.size)]
         self._over = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -40,15 +53,16 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        now = moved = time.monotonic()
-        beats = -1
+        own = self._pulses[self.world.rank]
+        now = time.monotonic()
         while not self._over.wait(self._period):
             before, now = now, time.monotonic()
             suspended = now - before > self._period + self.timeout / 2
-            if self.world.beats != beats or suspended:
-                beats, moved = self.world.beats, now
-            if now - moved > self.timeout:
-                self._seen[self.world.rank] = (f"{beats} {self.world.doing}", moved)
+            place = f"{self.world.beats} {self.world.doing}"
+            if place != own.place or suspended:
+                own.place, own.moved = place, now
+            own.heard = now
+            if now - own.moved > self.timeout:
                 self._end(now)
 
     def _exchange(self) -> None:
@@ -56,30 +70,45 @@ class Watchdog:
         world = self.world
         with contextlib.suppress(dist.DistError, RuntimeError):  # store lost: then each process speaks for itself
             store = world.store.clone()  # the main thread may be waiting on the other one
-            while not self._over.wait(self._period):
-                store.set(f"pulse/{world.rank}", f"{world.beats} {world.doing}")
+            for tick in itertools.count():
+                if self._over.wait(self._period):
+                    return
+                store.set(f"pulse/{world.rank}", f"{tick}|{world.beats} {world.doing}")
                 for rank in range(world.size):
                     if rank != world.rank and store.check([f"pulse/{rank}"]):
-                        said = store.get(f"pulse/{rank}").decode("utf-8", "replace")
-                        if said != self._seen[rank][0]:
-                            self._seen[rank] = (said, time.monotonic())
+                        self._hear(self._pulses[rank], store.get(f"pulse/{rank}").decode("utf-8", "replace"))
+
+    def _hear(self, pulse: Pulse, said: str) -> None:
+        tick, _, place = said.partition("|")
+        now = time.monotonic()
+        if place != pulse.place:
+            pulse.place, pulse.moved = place, now
+        if tick != pulse.tick:
+            pulse.tick, pulse.heard = tick, now
 
     def _end(self, now: float) -> None:
-        world, seen = self.world, self._seen
-        first = min(range(world.size), key=lambda rank: seen[rank][1])
+        world = self.world
+
+        def blame(rank: int) -> tuple:
+            """Least for the rank that holds the others up: one that says nothing any more, or does not wait for others."""
+            pulse = self._pulses[rank]
+            silent = now - pulse.heard > 3 * self._period + 1.0
+            return not silent, pulse.place.endswith(WAITING), int(pulse.place.split(" ")[0]), pulse.moved
+
+        first = min(range(world.size), key=blame)
         lines = [
             f"error: rank {world.rank} of {world.size}: nothing has moved for {self.timeout:g} s (train.stall_timeout); rank {first} "
-            f"stood still first, {_place(seen[first], now)}; ending this process: the same command goes on from the newest "
-            "checkpoint"
+            f"stands still, {self._described(first, now)}; ending this process: the same command goes on from the newest checkpoint"
         ]
         if world.size > 1:
-            lines += [f"  rank {rank}: {_place(seen[rank], now)}" for rank in range(world.size)]
+            lines += [f"  rank {rank}: {self._described(rank, now)}" for rank in range(world.size)]
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
         os._exit(UNFINISHED)
 
-
-def _place(said: tuple[str, float], now: float) -> str:
-    doing = said[0].partition(" ")[2] or "never heard of"
-    return f"{doing}, for {now - said[1]:.0f} s"
+    def _described(self, rank: int, now: float) -> str:
+        pulse = self._pulses[rank]
+        silence = now - pulse.heard
+        silent = f", silent for {silence:.0f} s" if silence > 3 * self._period + 1.0 else ""
+        return f"{pulse.place.partition(' ')[2]} for {now - pulse.moved:.0f} s{silent}"

@@ -28,11 +28,13 @@ class CheckpointWriter:
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Returns when weights and moments are copied; first waits for the checkpoint before, whose memory this one takes."""
+        if self._pool is None:
+            checkpoint.save(self.run_dir, step, model, optimizer, state, self.config)
+            self._prune()
+            return
         self.wait()
-        snapshot = checkpoint.take_snapshot(model, optimizer, step, state, self.config, self._snapshot)
-        if self._pool is not None:
-            self._snapshot = snapshot
-        self._submit(lambda: self._write(snapshot))
+        self._snapshot = checkpoint.take_snapshot(model, optimizer, step, state, self.config, self._snapshot)
+        self._submit(self._write)
 
     def point_best(self, step: int) -> None:
         """Makes `best` name the checkpoint of `step`, once that is written."""
@@ -54,14 +56,16 @@ class CheckpointWriter:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 
-    def _write(self, snapshot: checkpoint.Snapshot) -> None:
-        checkpoint.write(self.run_dir, snapshot)
+    def _write(self) -> None:
+        checkpoint.write(self.run_dir, self._snapshot)
+        self._prune()
+
+    def _prune(self) -> None:
         checkpoint.prune(self.run_dir, self.config.train.keep_checkpoints, self.config.train.keep_every)
 
     def _point_best(self, name: str) -> None:
-        if any(
-            path.name == name for path in checkpoint.complete_checkpoints(self.run_dir)
-        ):  # unless its writing failed
+        written = [path.name for path in checkpoint.complete_checkpoints(self.run_dir)]
+        if name in written:  # unless the disk refused it
             checkpoint.point(self.run_dir, "best", name)
 
     def _submit(self, job: Callable[[], object]) -> None:
