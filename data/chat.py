@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import typing
 
+from data.words import listed, short
+
 if typing.TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
@@ -43,7 +45,7 @@ def to_messages(record: dict, where: str) -> list[Message]:
     else:
         if record.get("instruction") is None or record.get("output") is None:
             raise ValueError(
-                f"{where}: no conversation in the columns {', '.join(map(repr, record))}; "
+                f"{where}: no conversation in the columns {listed(record)}; "
                 "give messages, conversations, or instruction (and input) and output"
             )
         parts = [record["instruction"], record.get("input") or ""]
@@ -116,9 +118,10 @@ def _to_message(turn: object, where: str) -> Message:
         raise ValueError(f"{where}: content is {type(content).__name__}; it must be text")
     role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise ValueError(f"{where}: role {role!r} is none of system, user, assistant")
+        raise ValueError(f"{where}: role {short(role)} is none of system, user, assistant")
     return {"role": role, "content": content}
 
 
 def _listed(roles: list[str]) -> str:
-    return ", ".join(roles) or "no turns"
+    more = f" and {len(roles) - 8} more" if len(roles) > 8 else ""
+    return ", ".join(roles[:8]) + more or "no turns"

@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from data import corpora
 from data.chat import Message, to_messages
-from data.config import DataConfig, SourceConfig
+from data.config import SOURCE_KINDS, DataConfig, SourceConfig
+from data.words import listed, one_line, short
 
 
 @dataclass
@@ -57,6 +59,8 @@ def iterate(source: SourceConfig, format: str) -> Iterator[Document | Conversati
 
     Raises ValueError (one sentence: the source, the file and line, the remedy) for anything that cannot be read.
     """
+    if source.kind not in SOURCE_KINDS:
+        raise ValueError(f"source {source.name!r}: kind: {source.kind!r} is none of {', '.join(SOURCE_KINDS)}")
     records = {"text": _documents, "chat": _conversations}[format](source)
     found = False
     for record in itertools.islice(records, source.max_documents):
@@ -99,14 +103,16 @@ def training_texts(config: DataConfig, max_bytes: int) -> Iterator[str]:
 def files(source: SourceConfig) -> list[Path]:
     """The files a local source reads, sorted. ValueError when its path matches none."""
     path = source.path or ""
-    if Path(path).is_file():
+    if os.path.isfile(path):  # unlike Path's, false for a name too long to be one
         return [Path(path)]
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         example = f"{path.rstrip('/')}/*"
         raise ValueError(f"source {source.name!r}: path: {path!r} is a folder; name its files, such as {example}")
     if not glob.has_magic(path):
-        raise ValueError(f"source {source.name!r}: path: {path!r} does not exist; give the path of a file or a glob")
-    found = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file())
+        problem = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise ValueError(f"source {source.name!r}: path: {path!r} {problem}; give the path of a file or a glob")
+    names = set(glob.glob(path, recursive=True))  # two ** find a file more than once
+    found = sorted(Path(name) for name in names if os.path.isfile(name))
     if not found:
         raise ValueError(
             f"source {source.name!r}: path: {path!r} matches no file; mend the glob (** reaches into folders)"
@@ -138,7 +144,7 @@ def _documents(source: SourceConfig) -> Iterator[Document | Skipped]:
                 yield Skipped(f"no text in column {source.text_key!r}")
                 continue
             if not isinstance(text, str):
-                raise ValueError(f"{where}: text_key: column {source.text_key!r} holds {_short(text)}; it must be text")
+                raise ValueError(f"{where}: text_key: column {source.text_key!r} holds {short(text)}; it must be text")
             yield Document(text, _split_key(record, source, where, default=text))
 
 
@@ -179,12 +185,21 @@ def _read_jsonl(source: SourceConfig) -> Iterator[tuple[dict, str]]:
                 if not text.strip():
                     continue
                 try:
-                    record = json.loads(text)
+                    record = json.loads(text, object_pairs_hook=_once)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not readable as JSON: {error}; mend or remove this line") from None
                 if not isinstance(record, dict):
-                    raise ValueError(f"{where}: {_short(record)} is no JSON object; write one {{...}} a line")
+                    raise ValueError(f"{where}: {short(record)} is no JSON object; write one {{...}} a line")
                 yield record, where
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these pairs. ValueError for a key given twice: json itself would drop the first one's value."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {short(next(key for key in keys if keys.count(key) > 1))} is given twice")
+    return record
 
 
 def _read_parquet(source: SourceConfig) -> Iterator[tuple[dict, str]]:
@@ -203,7 +218,7 @@ def _read_parquet(source: SourceConfig) -> Iterator[tuple[dict, str]]:
                         number += 1
                         yield record, f"{path}, row {number}"
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not readable as Parquet: {error}; write it anew") from None
+            raise ValueError(f"{path}: not readable as Parquet: {one_line(error)}; write it anew") from None
 
 
 def _read_hub(source: SourceConfig) -> Iterator[tuple[dict, str]]:
@@ -221,19 +236,24 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[dict, str]]:
     except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own
         raise ValueError(
             f"source {source.name!r}: the hub set {source.path!r} (subset {source.subset}, split {source.split}) could "
-            f"not be read: {_one_line(error)}; check the name and the network, or use local files"
+            f"not be read: {one_line(error)}; check the name and the network, or use local files"
         ) from None
 
 
 def _column(record: dict, key: str, where: str, setting: str) -> object:
     if key not in record:
-        columns = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{where}: {setting}: no column {key!r}; the columns are {columns}")
+        raise ValueError(f"{where}: {setting}: no column {key!r}; the columns are {listed(record)}")
     return record[key]
 
 
 def _split_key(record: dict, source: SourceConfig, where: str, default: str) -> str:
-    return default if source.split_key is None else str(_column(record, source.split_key, where, "split_key"))
+    if source.split_key is None:
+        return default
+    value = _column(record, source.split_key, where, "split_key")
+    try:
+        return str(value)
+    except RecursionError:
+        raise ValueError(f"{where}: split_key: column {source.split_key!r} is nested too deep; use another") from None
 
 
 def _open(file: Path, source: SourceConfig):
@@ -260,12 +280,3 @@ def _decode(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} is {raw[error.start]:#04x}"
         raise ValueError(f"{where}: not UTF-8 text ({byte}); save it as UTF-8") from None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,20 +7,29 @@ yields a special id: text that looks like a special token stays text.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data import integrity
 from data.chat import CHAT_TEMPLATE
+from data.tokenizer_file import problem_of
 
 if TYPE_CHECKING:
     import tokenizers  # at run time only where it is used: opening model and train must work without it
 
 PAD, BOS, EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
+# Comes back from every tokenizer that knows all bytes, whatever it normalises.
+PROBE = f"The <|eos|> 0123 {''.join(map(chr, range(33, 127)))} \n\n\tna\u00efve \u65e5\u672c\u8a9e \U0001f469"
+FILES = ("tokenizer_config.json", "tokenizer.json")
+LARGEST_FILE = 2**28  # bytes; the largest tokenizers of others have 2**25
+LARGEST_ID = 2**24  # the largest vocabularies of others have 2**20; a table of all ids must fit into memory
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # every byte has an id
 
 # Qwen2's splitter, https://huggingface.co/Qwen/Qwen2-0.5B/blob/main/tokenizer.json
@@ -55,32 +64,68 @@ class Tokenizer:
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json_bytes.decode("utf-8"))
+            text = json_bytes.decode("utf-8")
+            problem = problem_of(text)
+            if problem:
+                raise ValueError(problem)
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust library raises bare Exceptions
-            raise ValueError(f"{where}: not readable as a tokenizer.json ({error}); make it anew") from None
-        self._json = json_bytes
+            short = " ".join(str(error).split())[:200]
+            raise ValueError(f"{where}: not readable as a tokenizer.json ({short}); make it anew") from None
+        self._json, self._where = json_bytes, where
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.fingerprint = hashlib.sha256(json_bytes).hexdigest()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+        if self.vocab_size > LARGEST_ID or len(set(ids)) < len(ids):
+            what = "an id has two tokens" if self.vocab_size <= LARGEST_ID else f"an id is beyond {LARGEST_ID:,}"
+            raise ValueError(f"{where}: {what}; make it anew")
         self._names = _find_special_tokens(self._tokenizer, where)
         self.pad_id, self.bos_id, self.eos_id, self.im_start_id, self.im_end_id = (
             self._tokenizer.token_to_id(self._names[role]) for role in ("pad", "bos", "eos", "im_start", "im_end")
         )
+        self._check_nothing_is_lost()
+
+    def _check_nothing_is_lost(self) -> None:
+        ids = self.encode(PROBE)
+        back = self.decode(ids)
+        if back.strip() != PROBE or not {*ids}.isdisjoint((self.pad_id, self.bos_id, self.eos_id)):
+            i = next((i for i, (a, b) in enumerate(zip(PROBE, back.strip())) if a != b), min(len(PROBE), len(back)))
+            raise ValueError(
+                f"{self._where}: it loses text ({PROBE[i : i + 12]!r} comes back as {back.strip()[i : i + 12]!r}); "
+                "use a tokenizer that knows every byte"
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a folder with tokenizer.json, or that file. ValueError if it is missing, broken or lacks a special token."""
+        """From a folder with tokenizer.json, or that file. ValueError if it is missing, broken or lacks a special token.
+
+        Where SHA256SUMS lies beside it, as `save` leaves it, the bytes must be those.
+        """
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() or file.suffix != ".json" else file
         try:
-            return cls(file.read_bytes(), str(file))
+            n_bytes = file.stat().st_size if file.is_file() else 0
+            if n_bytes > LARGEST_FILE:
+                raise ValueError(f"{file}: {n_bytes:,} bytes are too many for a tokenizer.json; make it anew")
+            if file.exists() and not file.is_file():  # a pipe, say, which nobody may ever write to
+                raise ValueError(f"{file}: no plain file; put a tokenizer.json there")
+            json_bytes = file.read_bytes()
         except OSError as error:
             raise ValueError(
                 f"tokenizer.path: cannot read {file} ({error.strerror}); "
                 "train it with: python -m scripts.train_tokenizer CONFIG"
             ) from None
+        if file.name == "tokenizer.json" and os.path.lexists(file.parent / integrity.SUMS):
+            problem = integrity.damage(file.parent, FILES)
+            if problem:
+                raise ValueError(
+                    f"{problem}; put back a whole copy of the tokenizer (each run has one in RUN/tokenizer), or remove "
+                    f"{file.parent} and train it anew with: python -m scripts.train_tokenizer CONFIG"
+                )
+        return cls(json_bytes, str(file))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
@@ -116,7 +161,10 @@ class Tokenizer:
         return cls(tokenizer.to_str(pretty=True).encode("utf-8"), "the trained tokenizer")
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json (last, so its presence means complete) and a tokenizer_config.json for transformers."""
+        """Writes tokenizer.json (last, so its presence means complete), tokenizer_config.json for transformers, SHA256SUMS.
+
+        A folder that holds just these is left alone.
+        """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._names["bos"],
@@ -128,22 +176,40 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         }
+        config = json.dumps(config, indent=2).encode("utf-8")
+        sums = "".join(f"{hashlib.sha256(c).hexdigest()}  {name}\n" for name, c in zip(FILES, (config, self._json)))
+        contents = {"tokenizer_config.json": config, integrity.SUMS: sums.encode("utf-8"), "tokenizer.json": self._json}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_file(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode("utf-8"))
-        _replace_file(folder / "tokenizer.json", self._json)
+        with _lock(folder):
+            if not all(_holds(folder / name, content) for name, content in contents.items()):
+                _replace_files(folder, contents)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
+        with self._panics_as_errors():
+            return self._tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        encodings = self._tokenizer.encode_batch_fast([replace_surrogates(t) for t in texts], add_special_tokens=False)
+        texts = [replace_surrogates(text) for text in texts]
+        with self._panics_as_errors():
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 (a sequence cut inside a character) come out as U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with self._panics_as_errors():
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @contextlib.contextmanager
+    def _panics_as_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:  # a panic of the Rust library is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            short = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self._where}: this tokenizer fails ({short}); make it anew") from None
 
 
 def _find_special_tokens(tokenizer: tokenizers.Tokenizer, where: str) -> dict[str, str]:
@@ -160,10 +226,36 @@ def _find_special_tokens(tokenizer: tokenizers.Tokenizer, where: str) -> dict[st
     return names
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
+def _replace_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes all, then puts each in its place in this order; a kill in between never leaves a whole that is not one."""
+    temporary = {name: folder / f".{name}.partial" for name in contents}
+    try:
+        for name, content in contents.items():
+            temporary[name].unlink(missing_ok=True)  # of a process that was killed; or a link, not to be followed
+            with temporary[name].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if not _holds(folder / "tokenizer.json", contents["tokenizer.json"]):
+            (folder / "tokenizer.json").unlink(missing_ok=True)
+        (folder / integrity.SUMS).unlink(missing_ok=True)
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     digits = loader.construct_scalar(node).replace("_", "")
-    if len(digits) > 310:  # more than any number of 64 bits, float too; Python itself stops at 4300
+    if len(digits) > 4000:  # Python itself stops at 4300
         raise _refuse(f"a number of {len(digits)} digits", node.start_mark)
     return int(digits)
 
