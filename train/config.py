@@ -11,29 +11,37 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import os
 import re
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from data.config import DataConfig, TokenizerConfig
+from data.words import short, short_name
 from model.config import ModelConfig
+from train import strict_yaml
 
 POSITIVE = {"min": 0.0, "exclusive": True}
 NOT_NEGATIVE = {"min": 0.0}
 FRACTION = {"min": 0.0, "max": 1.0}
 AT_LEAST_ONE = {"min": 1}
+LARGEST_FILE = 2**20  # bytes of a config; YAML is read at about 60 KB a second
+MOST_PARENTS = 10  # files that `base` leads to, one after another
+PATHS = ("runs_dir", "cache_dir", "path", "init_from")  # keys that name files and folders
+LONGEST_NAME = 100  # characters of a run's name, which becomes a folder
 
 
 @dataclass
 class TrainConfig:
     init_from: str | None = None  # a run folder or a checkpoint whose weights training starts from (fine-tuning)
     steps: int | None = field(default=None, metadata=AT_LEAST_ONE)  # optimizer steps; or give epochs
-    epochs: float | None = field(default=None, metadata=POSITIVE)  # passes over the weighted sources; or give steps
+    epochs: float | None = field(
+        default=None, metadata={**POSITIVE, "max": 1e6}
+    )  # passes over the weighted sources; or give steps
     tokens_per_step: int = field(
         default=16384, metadata=AT_LEAST_ONE
     )  # global: rows x context_length over all ranks and micro-batches
@@ -120,7 +128,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name: {self.name!r} becomes a folder; use letters, digits, '.', '_' and '-' alone")
+            raise ValueError(
+                f"name: {short(self.name)} becomes a folder; begin with a letter or digit and use letters, digits, "
+                "'.', '_' and '-' alone"
+            )
+        if len(self.name) > LONGEST_NAME:
+            raise ValueError(f"name: {short(self.name)} has {len(self.name)} characters; use at most {LONGEST_NAME}")
         if self.data.context_length is not None and self.data.context_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.context_length: {self.data.context_length} is more than model.max_position_embeddings: "
@@ -158,85 +171,59 @@ def to_dict(config: RunConfig) -> dict:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Text that `load_config` reads back to an equal RunConfig."""
-    return yaml.dump(to_dict(config), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader in which a key given twice is an error, `3e-4` is a number and `on`/`off`/`yes`/`no` are text."""
-
-
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
-
-
-# YAML 1.2's core numbers and booleans in place of YAML 1.1's, which read 3e-4 as text, no as false and 012 as ten.
-# Merge keys (<<) go too: `base` is how a file takes over another's keys.
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
-    list("-+0123456789."),
-)
-_StrictLoader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", ""))
-)
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-
-
-class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that also quotes the texts which _StrictLoader would read as numbers, such as 3e-4."""
-
-    yaml_implicit_resolvers = {
-        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
-        + _StrictLoader.yaml_implicit_resolvers.get(first, [])
-        for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _StrictLoader.yaml_implicit_resolvers.keys()
-    }
-
-
-def _parse_yaml(text: str, where: str) -> object:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: no tag can build an object
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `!!bool x`: a KeyError
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValueError(f"{where}{line}: not readable as YAML: {reason}") from None
+    """Text that `load_config` reads back to an equal RunConfig. ValueError if it grew too large to be read back."""
+    text = strict_yaml.dump(to_dict(config))
+    if len(text.encode("utf-8")) > LARGEST_FILE:
+        raise ValueError(
+            f"the config with every default written out is longer than the {LARGEST_FILE >> 20} MiB that are read; "
+            "take many files together in one source by a glob"
+        )
+    return text
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
-    if path.resolve() in seen:
+    if not _may_be_a_path(str(path)):
+        raise ValueError(f"{short(str(path))}: no file can have this name; give the path of a YAML file")
+    text = _read_text(path)
+    real = path.resolve()
+    if real in seen:
         raise ValueError(f"{path}: `base` leads back to this file; remove the circle")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot read this config file ({error.strerror}); give the path of a YAML file"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: this config file is not UTF-8 text; save it as UTF-8") from None
-    tree = _parse_yaml(text, str(path))
+    if len(seen) > MOST_PARENTS:
+        raise ValueError(f"{path}: `base` leads through more than {MOST_PARENTS} files; put them together")
+    tree = strict_yaml.parse(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base: {base!r} must be the path of one YAML file")
-    return _merge(_read_with_parents(path.parent / base, (*seen, path.resolve())), tree)
+        raise ValueError(f"{path}: base: {short(base)} must be the path of one YAML file")
+    return _merge(_read_with_parents(path.parent / base, (*seen, real)), tree)
+
+
+def _read_text(path: Path) -> str:
+    remedy = "give the path of a YAML file"
+    try:
+        if path.exists() and not path.is_file():  # a device or a pipe might never end
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise ValueError(f"{path}: cannot read this config file (it is {what}); {remedy}")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise ValueError(f"{short_name(path)}: cannot read this config file ({error.strerror}); {remedy}") from None
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{path}: larger than the {LARGEST_FILE >> 20} MiB that a config may have; {remedy}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: this config file is not UTF-8 text; save it as UTF-8") from None
+
+
+def _may_be_a_path(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def _merge(parent: dict, child: dict) -> dict:
@@ -250,13 +237,15 @@ def _merge(parent: dict, child: dict) -> dict:
 def _apply_override(tree: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{override!r}: an override is written key=value, such as train.steps=100")
+        raise ValueError(f"{short(override)}: an override is written key=value, such as train.steps=100")
+    if len(text) > LARGEST_FILE:
+        raise ValueError(f"override {short(override)}: longer than the {LARGEST_FILE >> 20} MiB that a config may have")
     *folders, leaf = key.split(".")
     for folder in folders:
         if not isinstance(tree.setdefault(folder, {}), dict):
-            raise ValueError(f"{override!r}: {folder} is not a section")
+            raise ValueError(f"{short(override)}: {short_name(folder)} is not a section")
         tree = tree[folder]
-    tree[leaf] = _parse_yaml(text, f"override {override!r}") if text.strip() else None
+    tree[leaf] = strict_yaml.parse(text, f"override {short(override)}") if text.strip() else None
 
 
 def build(cls: type, tree: object, where: str) -> typing.Any:
@@ -268,15 +257,18 @@ def _build(cls: type, tree: object, where: str, key: str) -> typing.Any:
     """Fills dataclass `cls` from a mapping; `key` is the dotted path so far, for errors."""
     if not isinstance(tree, dict):
         raise ValueError(
-            f"{where}: {key or 'the file'}: {tree!r} must be a section with keys, not {type(tree).__name__}"
+            f"{where}: {key or 'the file'}: {short(tree)} must be a section with keys, not {type(tree).__name__}"
         )
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     for name in tree:
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(fields)}"
-            raise ValueError(f"{where}: unknown key {_join(key, name)!r}; {remedy}")
+            near = difflib.get_close_matches(str(name)[:100], fields, n=1, cutoff=0.5)
+            whole = ", ".join(fields)
+            file = f"{cls.__module__.replace('.', '/')}.py"
+            valid = whole if len(whole) < 200 else f"those of {cls.__name__} in {file}"
+            remedy = f"did you mean {near[0]!r}?" if near else f"valid keys: {valid}"
+            raise ValueError(f"{where}: unknown key {short(_join(key, name))}; {remedy}")
     for name, f in fields.items():
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in tree:
             raise ValueError(f"{where}: {_join(key, name)} is missing")
@@ -287,6 +279,9 @@ def _build(cls: type, tree: object, where: str, key: str) -> typing.Any:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+_type_hints = functools.cache(typing.get_type_hints)  # 60 us each, and a config may have thousands of sources
 
 
 def _join(key: str, name: object) -> str:
@@ -305,17 +300,23 @@ def _convert(value: object, hint: typing.Any, where: str, key: str) -> typing.An
         return _build(hint, value, where, key)
     if origin is list:
         if not isinstance(value, list):
-            raise ValueError(f"{where}: {key}: {value!r} must be a list")
+            raise ValueError(f"{where}: {key}: {short(value)} must be a list")
         return [_convert(item, typing.get_args(hint)[0], where, f"{key}[{i}]") for i, item in enumerate(value)]
     wanted = origin or hint
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1e300 else math.inf
     if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-        raise ValueError(f"{where}: {key}: {value!r} must be {_TYPE_NAMES.get(wanted, wanted.__name__)}")
+        raise ValueError(f"{where}: {key}: {short(value)} must be {_TYPE_NAMES.get(wanted, wanted.__name__)}")
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{where}: {key}: {value!r} must be a finite number")
+    if wanted is str and _SURROGATES.search(value):
+        raise ValueError(f"{where}: {key}: {short(value)} holds half a character (a lone surrogate); remove it")
+    if wanted is str and "\0" in value and key.rpartition(".")[2] in PATHS:
+        raise ValueError(f"{where}: {key}: {short(value)} holds NUL, which no path can; remove it")
     return value
 
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 _TYPE_NAMES = {
     int: "a whole number",
@@ -331,14 +332,16 @@ def _check_bounds(value: object, bounds: typing.Mapping, where: str, key: str) -
     if value is None or isinstance(value, (list, dict)):
         return
     if "choices" in bounds and value not in bounds["choices"]:
-        raise ValueError(f"{where}: {key}: {value!r} is none of {', '.join(bounds['choices'])}")
+        raise ValueError(f"{where}: {key}: {short(value)} is none of {', '.join(bounds['choices'])}")
     low, high = bounds.get("min"), bounds.get("max")
     if low is not None and (value < low or (bounds.get("exclusive") and value <= low)):
         raise ValueError(
-            f"{where}: {key}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {_plain(low)}"
+            f"{where}: {key}: {short(value)} must be {'more than' if bounds.get('exclusive') else 'at least'} {_plain(low)}"
         )
     if high is not None and value > high:
-        raise ValueError(f"{where}: {key}: {value!r} must be at most {_plain(high)}")
+        raise ValueError(f"{where}: {key}: {short(value)} must be at most {_plain(high)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: {key}: {short(value)} must be a whole number of at most 64 bits")
 
 
 def _plain(number: float) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -95,7 +97,7 @@ class StopSignals:
     another one, a second or more later, ends the process at once.
 
     A second's grace, because one Ctrl-C often arrives twice: from the terminal, and passed on by torchrun or a script.
-    A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+    A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored. Make it in the main thread.
     """
 
     GRACE_SECONDS = 1.0
@@ -105,6 +107,11 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received, self._since = 0, 0.0
+        self._woken, end = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(end, False)
+        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+        self._heard = False
         for number in self.NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
@@ -116,3 +123,9 @@ class StopSignals:
             signal.raise_signal(number)
         if not self.received:
             self.received, self._since = number, now
+
+    def heard(self) -> bool:
+        """For other threads: whether a signal has come, even if the main thread is in a call that never returns to Python."""
+        with contextlib.suppress(BlockingIOError):
+            self._heard = bool(set(os.read(self._woken, 1024)) & set(self.NUMBERS)) or self._heard
+        return self._heard

@@ -115,7 +115,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
 
     with (
         Reporter(config, folder.path, plan.steps, progress.step, world.is_main) as reporter,
-        Watchdog(world, config.train.stall_timeout),
+        Watchdog(world, config.train.stall_timeout, signals),
         contextlib.closing(CheckpointWriter(config)) as writer,
     ):
         reporter.say(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from train.cli import UNFINISHED
 from train.distributed import WAITING, World
+from train.guard import StopSignals
 
 
 @dataclass
@@ -32,11 +33,17 @@ class Watchdog:
     standard error which rank stands still, since when and at what, with this process's Python stacks, and ends the
     process with exit code UNFINISHED: torchrun --max-restarts, or the same command, goes on from the newest checkpoint.
 
-    Ranks tell each other through the store of the rendezvous. A process that was itself suspended starts counting anew.
+    Ranks tell each other through the store of the rendezvous. A process that was itself suspended starts counting anew. One
+    of several that was asked to stop while it waits for a lost one cannot obey: it is ended after SIGNAL_PATIENCE seconds.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
-        self.world, self.timeout = world, timeout
+    SIGNAL_PATIENCE seconds, before torchrun does it with SIGKILL. Ranks tell each other through the store of the rendezvous. A process that was itself suspended starts counting anew.
+    """
+
+    SIGNAL_PATIENCE = 25.0  # torchrun sends SIGKILL after 30
+
+    def __init__(self, world: World, timeout: float, signals: StopSignals) -> None:
+        self.world, self.timeout, self.signals = world, timeout, signals
         self._period = min(timeout / 10, 2.0)
         now = time.monotonic()
         self._pulses = [Pulse(moved=now, heard=now) for _ in range(world.size)]
@@ -62,7 +69,8 @@ class Watchdog:
             if place != own.place or suspended:
                 own.place, own.moved = place, now
             own.heard = now
-            if now - own.moved > self.timeout:
+            hurry = self.world.size > 1 and self.signals.heard()
+            if now - own.moved > (min(self.timeout, self.SIGNAL_PATIENCE) if hurry else self.timeout):
                 self._end(now)
 
     def _exchange(self) -> None:
@@ -96,9 +104,11 @@ class Watchdog:
             return not silent, pulse.place.endswith(WAITING), int(pulse.place.split(" ")[0]), pulse.moved
 
         first = min(range(world.size), key=blame)
+        still = now - self._pulses[world.rank].moved
         lines = [
-            f"error: rank {world.rank} of {world.size}: nothing has moved for {self.timeout:g} s (train.stall_timeout); rank {first} "
-            f"stands still, {self._described(first, now)}; ending this process: the same command goes on from the newest checkpoint"
+            f"error: rank {world.rank} of {world.size}: nothing has moved for {still:.0f} s (train.stall_timeout: {self.timeout:g}); "
+            f"rank {first} stands still, {self._described(first, now)}; ending this process: the same command goes on from the newest "
+            "checkpoint"
         ]
         if world.size > 1:
             lines += [f"  rank {rank}: {self._described(rank, now)}" for rank in range(world.size)]
