@@ -37,9 +37,6 @@ class Watchdog:
     of several that was asked to stop while it waits for a lost one cannot obey: it is ended after SIGNAL_PATIENCE seconds.
     """
 
-    SIGNAL_PATIENCE seconds, before torchrun does it with SIGKILL. Ranks tell each other through the store of the rendezvous. A process that was itself suspended starts counting anew.
-    """
-
     SIGNAL_PATIENCE = 25.0  # torchrun sends SIGKILL after 30
 
     def __init__(self, world: World, timeout: float, signals: StopSignals) -> None:
