@@ -344,7 +344,8 @@ def test_a_damaged_checkpoint(mistake, trained):
     weights = checkpoint.find_checkpoint(run_dir) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     for module in (evaluate, chat):
-        assert f"{weights}: cannot be read" in mistake(module, run_dir)
+        sentence = mistake(module, run_dir)
+        assert f"{weights}: damaged" in sentence and "use another checkpoint" in sentence
 
 
 def test_settings_that_do_not_fit_the_run_that_goes_on(mistake, trained):
@@ -372,6 +373,18 @@ def test_more_processes_than_rows(workplace, tmp_path):  # noqa: F811
         "error: torchrun: 2 processes, but train.tokens_per_step: 32 is only 1 rows of 32 tokens; start fewer processes or raise it"
     )
     assert "train/loop.py" not in err and tree(tmp_path) == {}
+
+
+def test_a_step_that_does_not_fit_into_memory(workplace, tmp_path):  # noqa: F811
+    """A real one: this process may have 3 GiB, and one micro-batch of two million tokens needs more."""
+    command = [sys.executable, "-m", "train.pretrain", str(workplace / "pretrain.yaml"), f"runs_dir={tmp_path}",
+               "train.tokens_per_step=2097152", "train.micro_batch_size=65536", "eval.every=0"]  # fmt: skip
+    result = subprocess.run(
+        ["prlimit", f"--as={3 * 2**30}", *command], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: train.micro_batch_size: 65536 rows at once need more memory than there is")
+    assert "lower it" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_mistake_in_the_data_under_torchrun(text_config, tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import itertools
 import os
+import secrets
 import signal
 import sys
 import time
@@ -22,6 +24,7 @@ from train.config import TrainConfig
 from train.memory import keep_freed_memory
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # from the first process at the start to the last
 WAITING = "waiting for the other ranks"
 
 
@@ -29,11 +32,11 @@ WAITING = "waiting for the other ranks"
 class World:
     """Where this process stands. `size` 1 without torchrun: then every collective is the identity."""
 
-    rank: int
-    size: int
-    device: torch.device
-    threads: int  # CPU threads of this process
-    store: dist.Store | None = None  # the key-value store of torchrun's rendezvous
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    threads: int = 1  # CPU threads of this process
+    store: dist.Store | None = None  # the key-value store of torchrun's rendezvous, for these processes alone
     doing: str = "starting"  # what this process is at, for whoever asks why nothing moves
     beats: int = 0  # how often it has moved on
     _calls: Iterator[int] = field(default_factory=itertools.count)
@@ -98,13 +101,19 @@ def joined(config: TrainConfig) -> Iterator[World]:
 
     A connection that breaks, because another process has died or cannot be reached, is raised as Unfinished.
     """
-    world = _join(config)
+    world = World()
     try:
+        _join(world, config)
         yield world
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            raise ValueError(
+                f"train.micro_batch_size: {config.micro_batch_size} rows at once need more memory than there is (rank {world.rank}, "
+                f"{world.doing}); lower it, accumulation makes up for it; or set train.activation_checkpointing: true"
+            ) from None
         if world.size > 1 and _is_lost_connection(error):
             raise Unfinished(
-                f"rank {world.rank} of {world.size}, {world.doing}: another process is lost ({_first_line(error)}); the same command "
+                f"rank {world.rank} of {world.size}, {world.doing}: another process is lost ({_reason(error)}); the same command "
                 "goes on from the newest checkpoint, and so does torchrun --max-restarts by itself"
             ) from None
         _leave(world)
@@ -115,35 +124,69 @@ def joined(config: TrainConfig) -> Iterator[World]:
     _leave(world)
 
 
-def _join(config: TrainConfig) -> World:
-    size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
-                              (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
+def _join(world: World, config: TrainConfig) -> None:
+    world.size, world.rank, local_rank = (int(os.environ.get(key, default)) for key, default in
+                                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = choose_device(config.device, local_rank)
-    threads = config.threads or max(
+    world.device = choose_device(config.device, local_rank)
+    world.threads = config.threads or max(
         1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // here
     )
-    torch.set_num_threads(threads)
+    torch.set_num_threads(world.threads)
     keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    store = None
-    if size > 1:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _end_with_parent()
-        # The watchdog ends what stands still long before a collective gives up by itself.
-        patience = datetime.timedelta(seconds=max(2 * config.stall_timeout, 60) if config.stall_timeout else 6 * 3600)
-        store, _, _ = next(dist.rendezvous("env://"))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=patience
-        )
-    return World(rank, size, device, threads, store)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
+    store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    world.store = dist.PrefixStore(_roll_call(store, world.rank, world.size), store)
+    # The watchdog ends what stands still long before a collective gives up by itself.
+    patience = datetime.timedelta(seconds=max(2 * config.stall_timeout, 60) if config.stall_timeout else 6 * 3600)
+    dist.init_process_group(
+        "nccl" if world.device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", world.store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=patience,
+    )
+
+
+def _roll_call(store: dist.Store, rank: int, size: int) -> str:
+    """A prefix for keys of `store` that the processes started together share, and nobody had before them.
+
+    torchrun hosts one store for all its restarts (torch 2.5 to 2.13), in which gloo and NCCL would find the addresses of
+    processes long dead, and fail or hang (pytorch/pytorch#135712); and its restart count is each host's own. So rank 0 calls
+    the roll until every process has answered to the word that it chose now. Unfinished if one does not come.
+    """
+    word = secrets.token_hex(8)
+    store.set(f"answer of {rank}", "")
+    store.set(f"word of {rank}", word)
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0:
+            if store.check([f"word of {r}" for r in range(size)]):
+                roll = ",".join(store.get(f"word of {r}").decode() for r in range(size))
+                store.set("roll", roll)
+                if all(store.get(f"answer of {r}").decode() == roll for r in range(1, size)):
+                    store.set("closed roll", roll)
+                    return hashlib.sha256(roll.encode()).hexdigest()
+        else:
+            if store.check(["closed roll"]) and word in (roll := store.get("closed roll").decode()):
+                return hashlib.sha256(roll.encode()).hexdigest()
+            if store.check(["roll"]) and word in (roll := store.get("roll").decode()):
+                store.set(f"answer of {rank}", roll)
+        time.sleep(0.02)
+    raise Unfinished(
+        f"rank {rank}: not all {size} processes came to the start within {JOIN_TIMEOUT.total_seconds():.0f} s; repeat the command, the "
+        "same on all hosts"
+    )
 
 
 def _leave(world: World) -> None:
     """Leaves the process group. The last collective's tensors are dropped by gloo's threads, which need Python for it."""
-    if world.size > 1:
+    if world.size > 1 and dist.is_initialized():
         time.sleep(0.2)  # a thread that has not had its turn when Python ends aborts the process (1 run in 20)
         dist.destroy_process_group()
 
@@ -154,13 +197,17 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    if isinstance(error, dist.DistError):
         return True
     return any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset"))
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rpartition("] ")[2][:120]
 
 

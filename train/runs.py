@@ -34,6 +34,7 @@ FREE_KEYS = frozenset(
      "train.keep_every", "train.async_checkpoint", "train.stall_timeout", "train.log_every", "train.max_bad_steps",
      "train.init_from")
 )  # fmt: skip
+LOCK_PATIENCE = 15
 FREE_SOURCE_KEYS = (
     "path",
     "data_files",
@@ -66,14 +67,7 @@ class RunFolder:
                 )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+")  # held as long as this process lives
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise ValueError(
-                f"{self.path}: another training (process {self._lock.read(20).strip() or 'unknown'}) is writing this run; wait for it, "
-                "stop it, or give this run another name"
-            ) from None
+        self._take_lock()
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
@@ -84,6 +78,30 @@ class RunFolder:
             going_on = f"going on from {newest.name}"
             print(f"{note}; {going_on}", flush=True)
             append_text(self.path / "log.txt", f"{note}; {going_on}\n")
+
+    def _take_lock(self) -> None:
+        """Waits LOCK_PATIENCE seconds for a training that is just ending, such as one whose launcher was killed."""
+        for second in range(LOCK_PATIENCE + 1):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._lock.seek(0)
+                holder = f"another training (process {self._lock.read(20).strip() or 'unknown'})"
+                if second == 0:
+                    print(
+                        f"{self.path}: {holder} is writing this run; waiting {LOCK_PATIENCE} s for its end", flush=True
+                    )
+                time.sleep(1)
+            except OSError as error:  # a file system without locks
+                print(
+                    f"{self.path}: cannot be locked ({error.strerror}); start no second training of this run",
+                    flush=True,
+                )
+                return
+        raise ValueError(
+            f"{self.path}: {holder} is writing this run; wait for it, stop it, or give this run another name"
+        )
 
     def close(self) -> None:
         """Lets another process have it."""
