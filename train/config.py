@@ -29,6 +29,7 @@ POSITIVE = {"min": 0.0, "exclusive": True}
 NOT_NEGATIVE = {"min": 0.0}
 FRACTION = {"min": 0.0, "max": 1.0}
 AT_LEAST_ONE = {"min": 1}
+MOST_STEPS = 10_000_000  # the learning rate of each one is kept in a table
 LARGEST_FILE = 2**20  # bytes of a config; YAML is read at about 60 KB a second
 MOST_PARENTS = 10  # files that `base` leads to, one after another
 PATHS = ("runs_dir", "cache_dir", "path", "init_from")  # keys that name files and folders
@@ -38,7 +39,7 @@ LONGEST_NAME = 100  # characters of a run's name, which becomes a folder
 @dataclass
 class TrainConfig:
     init_from: str | None = None  # a run folder or a checkpoint whose weights training starts from (fine-tuning)
-    steps: int | None = field(default=None, metadata=AT_LEAST_ONE)  # optimizer steps; or give epochs
+    steps: int | None = field(default=None, metadata={"min": 1, "max": MOST_STEPS})  # optimizer steps; or give epochs
     epochs: float | None = field(
         default=None, metadata={**POSITIVE, "max": 1e6}
     )  # passes over the weighted sources; or give steps
@@ -67,7 +68,7 @@ class TrainConfig:
     max_bad_steps: int = field(default=10, metadata=AT_LEAST_ONE)  # so many skipped steps in a row end the run
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
     threads: int | None = field(
-        default=None, metadata=AT_LEAST_ONE
+        default=None, metadata={"min": 1, "max": 1024}
     )  # CPU threads of a process; null: cores / processes on this machine
     precision: str = field(
         default="auto", metadata={"choices": ("auto", "float32", "bfloat16")}

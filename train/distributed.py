@@ -71,10 +71,10 @@ class World:
                 raise
             self.store.set(key, "done")
             return
-        while True:
-            with contextlib.suppress(dist.DistStoreError):  # not yet
-                self.store.wait([key], datetime.timedelta(seconds=5))
-                break
+        pause = 0.001  # asking, because a wait that times out writes a warning each time
+        while not self.store.check([key]):
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
         if self.store.get(key) == b"failed":
             sys.exit(USER_ERROR)
 

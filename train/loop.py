@@ -93,9 +93,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
     if newest is not None:
         checkpoint.load_weights(model, newest)
     elif config.train.init_from is not None:
-        origin = checkpoint.find_checkpoint(config.train.init_from)
-        checkpoint.check_intact(origin)
-        checkpoint.load_weights(model, origin)
+        checkpoint.load_weights(model, checkpoint.find_checkpoint(config.train.init_from))
     model.to(world.device)
     model.activation_checkpointing = config.train.activation_checkpointing
     model.set_count_reduction(world.sum)
@@ -107,7 +105,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
         checkpoint.load_optimizer(optimizer, model, newest)
         guard.load_state(state.guard)
         progress = state.progress
-        if checkpoint.pointed(folder.path, "best") is None:  # it was damaged: the next evaluation chooses anew
+        if checkpoint.pointed(folder.path, "best") is None:  # lost: the next evaluation chooses anew
             progress.best_loss = progress.best_step = None
     compiled = _compile(model, config, world, precision)
     parallel = _parallel(model, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -197,6 +198,7 @@ def _start_wandb(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -
         raise ValueError(
             f"wandb.mode: {mode!r}: wandb could not start ({_one_line(error)}); set wandb.mode to offline or disabled"
         ) from None
+    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # its log lies in the run folder, and tracebacks name folders
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # a resumed run goes back some steps; wandb's own counter may not
     for link in run_dir.glob("wandb/*/logs/debug-core.log"):

@@ -77,6 +77,7 @@ def check_settings(config: RunConfig, ranks: int, tokenizer: Tokenizer) -> None:
             )
     if config.train.init_from is not None and not checkpoint.complete_checkpoints(config.run_dir):
         origin = checkpoint.find_checkpoint(config.train.init_from)
+        checkpoint.check_intact(origin)
         checkpoint.check_same_shape(config.model, origin)
         own = origin.resolve().parent.parent / "tokenizer"
         if own.is_dir() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:

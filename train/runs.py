@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from data.dataset import Prepared
+from data.integrity import damage
 from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.config import RunConfig, to_dict, to_yaml
@@ -74,6 +75,8 @@ class RunFolder:
         self.check_tokenizer(tokenizer)
         checkpoint.sweep(self.path)
         newest, notes = checkpoint.newest_intact(self.path)
+        if newest is not None:
+            self._mend_best(newest)
         for note in notes:
             going_on = f"going on from {newest.name}"
             print(f"{note}; {going_on}", flush=True)
@@ -102,6 +105,15 @@ class RunFolder:
         raise ValueError(
             f"{self.path}: {holder} is writing this run; wait for it, stop it, or give this run another name"
         )
+
+    def _mend_best(self, newest: Path) -> None:
+        """Points `best`, where it names nothing, at the step that was the best when `newest` was saved, if that is still there."""
+        step = checkpoint.read_training_state(newest).progress.best_step
+        if step is None or checkpoint.pointed(self.path, "best") is not None:
+            return
+        best = newest.with_name(checkpoint.checkpoint_name(step))
+        if best in checkpoint.complete_checkpoints(self.path) and damage(best, checkpoint.FILES) is None:
+            checkpoint.point(self.path, "best", best.name)
 
     def close(self) -> None:
         """Lets another process have it."""
