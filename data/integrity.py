@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
+LARGEST_SUMS = 2**20  # bytes; a source of a thousand shards has a tenth
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
 
 
@@ -38,11 +39,13 @@ def read_checksums(folder: Path) -> dict[str, str]:
     """{file name: SHA-256 (hex)} as written. ValueError if there are none, or they are no checksums."""
     path = folder / SUMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        if not path.is_file() or path.stat().st_size > LARGEST_SUMS:  # a pipe would be waited for
+            raise ValueError(f"{path}: missing, or no list of checksums")
+        *lines, rest = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     matches = [_LINE.fullmatch(line) for line in lines]
-    if not lines or not all(matches):
+    if not lines or rest or not all(matches):
         raise ValueError(f"{path}: damaged, it is no list of checksums")
     return {match[2]: match[1] for match in matches}
 

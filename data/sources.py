@@ -197,8 +197,9 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     """The object of these pairs. ValueError for a key given twice: json itself would drop the first one's value."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {short(next(key for key in keys if keys.count(key) > 1))} is given twice")
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {short(twice)} is given twice")
     return record
 
 

@@ -182,8 +182,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            if not all(_holds(folder / name, content) for name, content in contents.items()):
-                _replace_files(folder, contents)
+            _replace_files(folder, contents)
 
     def encode(self, text: str) -> list[int]:
         with self._panics_as_errors():
@@ -242,9 +241,14 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 def _replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes all, then puts each in its place in this order; a kill in between never leaves a whole that is not one."""
+    """Writes all that is not there yet, then puts each in its place, in this order.
+
+    A kill in between leaves the tokenizer of before, that of after, or none: never one that its checksums deny.
+    """
     temporary = {name: folder / f".{name}.partial" for name in contents}
     try:
+        if all(_holds(folder / name, content) for name, content in contents.items()):
+            return
         for name, content in contents.items():
             temporary[name].unlink(missing_ok=True)  # of a process that was killed; or a link, not to be followed
             with temporary[name].open("xb") as file:
@@ -258,4 +262,5 @@ def _replace_files(folder: Path, contents: dict[str, bytes]) -> None:
             path.replace(folder / name)
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            if os.path.lexists(path):
+                path.unlink()

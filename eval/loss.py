@@ -17,11 +17,13 @@ def held_out(run: Run, *, batch_size: int | None = None, recorder: RoutingRecord
 
     loss is in nats per target and tokens counts the targets; a source without held-out text is left out. batch_size (rows)
     changes speed and memory alone. A recorder, already entered, sees every token that passes. Raises ValueError where the data
-    is not prepared, or was prepared with another tokenizer.
+    is not prepared, is damaged, or was prepared with another tokenizer.
     """
     data = run.config.data
     masked = data.document_mask or data.format == "chat"
     prepared = open_prepared(data, run.tokenizer)
+    if data.verify:
+        prepared.verify("held_out")
     figures = {}
     for name in prepared.names:
         rows = prepared.held_out(name, run.config.context_length, masked)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from model.products import float32_library
-from scripts import contestants, first_step, peers
+from scripts import contestants, first_step, peers, saving
 from scripts.contestants import Contestant, Field, Size
 from train import cli
 from train.describe import PEAK_BF16_FLOPS
@@ -35,7 +35,7 @@ from train.memory import keep_freed_memory
 from train.precision import resolve_precision
 
 QUICKSTART = "configs/quickstart/pretrain.yaml"
-WORK = ("train", "evaluate", "generate", "start")
+WORK = ("train", "evaluate", "generate", "save", "start")
 GIB = 2**30
 Seconds = dict[tuple[str, str], list[float]]  # of (contestant, precision), one a round
 
@@ -288,6 +288,12 @@ def main() -> None:
         size = dataclasses.replace(size, rows=arguments.rows) if arguments.rows else size
         print(f"\n## {name}: {contestants.describe(size)}", flush=True)
         for work in works:
+            if work == "save":
+                figures = [saving.measure(size, field, arguments.rounds) for field in fields]
+                print(f"\nsave\n\n{saving.text(figures)}", flush=True)
+                results.append({"size": name, "work": work, "rows": figures})
+                _write(arguments.json, about, results)
+                continue
             rows = measure(size, work, fields, arguments.rounds, not arguments.no_memory)
             print(f"\n{work}\n\n{table(rows)}", flush=True)
             results.append({"size": name, "tokens": size.tokens, "work": work, "rows": rows})

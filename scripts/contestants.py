@@ -77,6 +77,7 @@ class Contestant:
     work: Callable[[], object]
     tokens: int
     flops: float
+    trained: tuple[nn.Module, torch.optim.Optimizer] | None = None  # what `work` of a training step changes
 
     @property
     def key(self) -> tuple[str, str]:
@@ -132,9 +133,8 @@ def training(name: str, size: Size, field: Field) -> Contestant:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return Contestant(
-        name, field.precision, step, size.tokens, size.tokens * flops_per_token(_shape(name, size), size.context)
-    )
+    flops = size.tokens * flops_per_token(_shape(name, size), size.context)
+    return Contestant(name, field.precision, step, size.tokens, flops, (model, optimizer))
 
 
 def evaluation(name: str, size: Size, field: Field) -> Contestant:

@@ -30,6 +30,7 @@ from model import ModelConfig, MoEForCausalLM
 from train import config as run_config
 from train.config import RunConfig
 from train.distributed import choose_device
+from train.files import replace_file
 from train.optim import expected_state, load_state_tensors, state_tensors
 from train.precision import Autocast, autocast_for, resolve_precision
 from train.progress import TrainingState
@@ -116,14 +117,7 @@ def write(run_dir: Path, snapshot: Snapshot) -> Path:
 
 def point(run_dir: Path, pointer: str, name: str) -> None:
     """Makes `latest` or `best` name a checkpoint, in one atomic step."""
-    path = run_dir / "checkpoints" / pointer
-    temporary = path.with_name(f".{pointer}.partial")
-    try:
-        temporary.write_text(name + "\n", encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(run_dir / "checkpoints" / pointer, name + "\n")
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -184,7 +178,7 @@ def prune(run_dir: Path, keep: int, keep_every: int = 0) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Removes what an interrupted save or removal left behind."""
-    for leftover in (run_dir / "checkpoints").glob(".*partial*"):
+    for leftover in [*run_dir.glob(".*.partial"), *(run_dir / "checkpoints").glob(".*partial*")]:
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 

@@ -239,6 +239,8 @@ def _apply_override(tree: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{short(override)}: an override is written key=value, such as train.steps=100")
+    if key == "base":
+        raise ValueError(f"{short(override)}: `base` is a key of the file alone; write it there")
     if len(text) > LARGEST_FILE:
         raise ValueError(f"override {short(override)}: longer than the {LARGEST_FILE >> 20} MiB that a config may have")
     *folders, leaf = key.split(".")

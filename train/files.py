@@ -16,6 +16,8 @@ def replace_file(path: Path, text: str) -> None:
     try:
         with open(unfinished, "x", encoding="utf-8", errors="replace") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

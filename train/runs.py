@@ -23,6 +23,7 @@ from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.config import RunConfig, to_dict, to_yaml
 from train.distributed import World
+from train.files import replace_file
 from train.metrics import append_text, read_rows
 from train.progress import TrainingState
 
@@ -123,9 +124,9 @@ class RunFolder:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """ValueError if the run began with another tokenizer."""
         own = self.path / "tokenizer"
-        if own.is_dir() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+        if (own / "tokenizer.json").exists() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"tokenizer.path: this is another tokenizer than the one the run began with ({own}); "
+                f"tokenizer.path: this is another tokenizer ({tokenizer.fingerprint[:8]}) than the one the run began with ({own}); "
                 "give the run another name, or remove its folder to start afresh"
             )
 
@@ -168,7 +169,7 @@ class RunFolder:
     def write(self, config: RunConfig, tokenizer: Tokenizer) -> None:
         """config.yaml and tokenizer/."""
         tokenizer.save(self.path / "tokenizer")
-        _replace_text(self.path / "config.yaml", to_yaml(config))
+        replace_file(self.path / "config.yaml", to_yaml(config))
 
     def is_finished(self, newest: Path, steps: int, prepared: Prepared) -> bool:
         """Whether the last checkpoint and, where anything is held out, the last held-out losses are there."""
@@ -210,7 +211,7 @@ class RunFolder:
         return record
 
     def _write_record(self, record: dict) -> None:
-        _replace_text(self.path / "run.json", json.dumps(record, indent=1))
+        replace_file(self.path / "run.json", json.dumps(record, indent=1))
 
 
 def describe_machine(world: World) -> dict:
@@ -254,12 +255,6 @@ def _flat(tree: dict, prefix: str = "") -> dict:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _now() -> str:

@@ -1,6 +1,7 @@
 """Rows and their order: nothing lost, nothing twice, the same however it is read."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,48 @@ def test_weights_are_repetitions(opened):
         assert halves == round(sizes[2] / 2)
     assert rows.rows_per_epoch == sizes[0] + 2 * sizes[1] + round(sizes[2] / 2)
     assert rows.tokens_per_epoch == rows.rows_per_epoch * T
+
+
+def test_origin_names_the_source_and_its_row(opened):
+    prepared = opened(documents(60), documents(60, 100), weights=(1.0, 1.5))
+    rows = prepared.train_rows(T, False, seed=0)
+    seen = Counter()
+    for position in range(3 * rows.rows_per_epoch):
+        name, row = rows.origin(position)
+        stream = train_stream(prepared, prepared.names.index(name))
+        assert rows.batch(position, 1)["input_ids"][0].tolist() == stream[row * (T - 1) : row * (T - 1) + T].tolist()
+        seen[name, row] += 1
+    assert {name for name, _ in seen} == {"s0", "s1"} and {seen[key] for key in seen if key[0] == "s0"} == {3}
+
+
+def test_damaged_numbers_are_named_even_where_checksums_are_not_read(opened, tokenizer, chats):
+    """data.verify: false skips the checksums; what would crash the model or loop later is refused all the same."""
+    prepared = opened(chats(30), format="chat", held_out_fraction=0.3)
+    folder = Path(prepared.index["sources"][0]["folder"])
+
+    def read():
+        rows = prepared.train_rows(256, True, seed=0)
+        return rows.batch(0, rows.rows_per_epoch), list(prepared.held_out("s0", 256).batches(4))
+
+    read()
+    for name, dtype, value, problem in [
+        ("train-00000.bin", np.uint16, tokenizer.vocab_size, f"holds {tokenizer.vocab_size}, beyond"),
+        ("held_out-00000.bin", np.uint16, 65535, "holds 65535, beyond"),
+        ("train-00000.mask", np.uint8, 2, "holds 2, beyond 1"),
+        ("train.idx", np.int64, -1, "does not say where documents begin"),
+        ("held_out.idx", np.int64, 2**62, "does not say where documents begin"),
+        ("held_out.bytes", np.int64, 2**62, "its sum is not that of index.json"),
+        ("train.bytes", np.int64, -1, "its sum is not that of index.json"),
+    ]:
+        whole = (folder / name).read_bytes()
+        values = np.frombuffer(whole, dtype).copy()
+        values[1] = value
+        (folder / name).write_bytes(values.tobytes())
+        with pytest.raises(ValueError, match=f"{name}: damaged, .*{problem}.*; remove {folder}") as error:
+            read()
+        assert "\n" not in str(error.value)
+        (folder / name).write_bytes(whole)
+    read()
 
 
 def test_half_a_source_is_whole_after_two_epochs(opened):

@@ -1,9 +1,10 @@
 """Shards are written once, whole or not at all, and hold what they should."""
 
-import hashlib
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from data import corpora
 from data import prepare as module
 from data.config import DataConfig, SourceConfig
+from data.integrity import read_checksums, write_checksums
 from data.prepare import open_prepared, prepare
 from data.tokenizer import Tokenizer
 
@@ -46,9 +48,17 @@ def test_shards_hold_bos_text_eos_of_every_document_in_order(tokenizer, jsonl, c
     train = prepared.index["sources"][0]["train"]
     assert train["tokens"] == len(expected) and train["documents"] == 30
     assert train["bytes"] == sum(len(r["text"].encode()) for r in records)
-    for file in train["files"]:
-        content = (folder_of(prepared) / file["name"]).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == file["sha256"]
+
+
+def test_checksums_cover_every_file_and_coreutils_agrees(tokenizer, jsonl, config, chats):
+    data = config({"path": jsonl(chats(30))}, format="chat", held_out_fraction=0.3)
+    prepare(data, tokenizer, progress=False)
+    folder = folder_of(open_prepared(data, tokenizer))
+    names = {path.name for path in folder.iterdir()}
+    assert read_checksums(folder).keys() == names - {"SHA256SUMS"} and "index.json" in names and "train.idx" in names
+    checked = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert checked.returncode == 0 and checked.stdout.count(": OK") == len(names) - 1, checked.stdout + checked.stderr
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", folder.name]
 
 
 def test_conversations_hold_tokens_mask_and_offsets(tokenizer, jsonl, config, chats):
@@ -126,7 +136,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tokenizer, jsonl, config
     data = config({"path": jsonl(documents(3000))})
 
     def on_the_full_disk(self):
-        self.file, self.left, self.digest = open("/dev/full", "wb"), module.SHARD_TOKENS, hashlib.sha256()
+        self.file, self.left = open("/dev/full", "wb"), module.SHARD_TOKENS
         self.files.append({"name": "full", "tokens": 0})
 
     monkeypatch.setattr(module._ShardWriter, "_next_file", on_the_full_disk)
@@ -161,8 +171,10 @@ def test_shards_of_another_tokenizer_are_refused(tokenizer, manual, jsonl, confi
         open_prepared(data, other)
     prepare(data, other, progress=False)  # the remedy works, and the first shards stay
     assert open_prepared(data, other).index["tokenizer_fingerprint"] == other.fingerprint
-    index = folder_of(open_prepared(data, tokenizer)) / "index.json"
+    folder = folder_of(open_prepared(data, tokenizer))
+    index, names = folder / "index.json", read_checksums(folder)
     index.write_text(index.read_text().replace(tokenizer.fingerprint, other.fingerprint))
+    write_checksums(folder, names)
     with pytest.raises(ValueError, match="made with another tokenizer"):
         open_prepared(data, tokenizer)
 
@@ -190,7 +202,107 @@ def test_a_damaged_shard_is_named(tokenizer, jsonl, config):
     with pytest.raises(ValueError, match="train-00000.bin: missing or not of the size in index.json"):
         prepared.train_rows(16, False, seed=0)
     (folder_of(prepared) / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="index.json: not readable"):
+    with pytest.raises(ValueError, match="index.json: damaged, its bytes are not those that were written .*; remove"):
+        open_prepared(data, tokenizer)
+
+
+def test_each_part_of_a_prepared_source_is_verified(tokenizer, jsonl, config, chats):
+    """A flipped bit anywhere is found and its file named; verify("held_out") reads what evaluation needs, no more."""
+    data = config({"path": jsonl(chats(40))}, format="chat", held_out_fraction=0.3)
+    prepare(data, tokenizer, progress=False)
+    prepared = open_prepared(data, tokenizer)
+    prepared.verify()
+    for path in sorted(folder_of(prepared).iterdir()):
+        whole = path.read_bytes()
+        for at in (0, len(whole) // 2, len(whole) - 2):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            named = r"\S+" if path.name == "SHA256SUMS" else f"(SHA256SUMS|{path.name})"  # a wrong sum names its file
+            with pytest.raises(ValueError, match=f"^{folder_of(prepared)}/{named}: .*; remove .*prepare_data"):
+                prepared.verify()
+            if path.name.startswith("train"):
+                prepared.verify("held_out")
+            elif path.name.startswith("held_out"):
+                prepared.verify("train")
+        path.write_bytes(whole)
+    prepared.verify()
+
+
+def test_content_digests_tell_text_from_time_and_place(tokenizer, jsonl, config, tmp_path):
+    def digests(records, name, cache):
+        data = config(
+            {"path": jsonl(records, name)}, {"path": jsonl(documents(9), "same.jsonl")}, held_out_fraction=0.2
+        )
+        data.cache_dir = str(tmp_path / cache)
+        prepare(data, tokenizer, progress=False)
+        return open_prepared(data, tokenizer).content_digests()
+
+    first = digests(documents(60), "a.jsonl", "cache")
+    assert first.keys() == {"s0", "s1"} and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in first.values())
+    assert digests(documents(60), "b.jsonl", "elsewhere") == first, "time and place must not matter"
+    other = documents(60)
+    other[7]["text"] += "!"
+    changed = digests(other, "a.jsonl", "cache")
+    assert changed["s0"] != first["s0"] and changed["s1"] == first["s1"]
+
+
+def test_a_half_removed_folder_is_refused_or_made_anew(tokenizer, jsonl, config):
+    data = config({"path": jsonl(documents(40))}, held_out_fraction=0.3)
+    prepare(data, tokenizer, progress=False)
+    prepared = open_prepared(data, tokenizer)
+    folder, whole = folder_of(prepared), everything_under(folder_of(prepared))
+    for name in ("SHA256SUMS", "held_out.idx", "held_out.bytes", "held_out-00000.bin", "train-00000.bin"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(
+            ValueError, match=f"{name}: missing.*; remove {folder} and run: python -m scripts.prepare_data"
+        ):
+            opened = open_prepared(data, tokenizer)
+            opened.train_rows(16, False, 0), opened.held_out("s0", 16)
+        if name != "SHA256SUMS":
+            with pytest.raises(ValueError, match=f"{name}: missing"):
+                open_prepared(data, tokenizer).verify()
+        (folder / name).write_bytes(content)
+    (folder / "index.json").unlink()
+    prepare(data, tokenizer, progress=False)
+    assert {
+        path: content
+        for path, (_, content) in everything_under(folder).items()
+        if "index" not in path and "SUMS" not in path
+    } == {path: content for path, (_, content) in whole.items() if "index" not in path and "SUMS" not in path}
+
+
+def test_nothing_is_written_or_removed_through_a_link(tokenizer, jsonl, config, tmp_path):
+    """A cache folder from a stranger with links to a person's own files: they stay as they are."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "diary.txt").write_text("dear diary")
+    data = config({"path": jsonl(documents(20))})
+    prepare(data, tokenizer, progress=False)
+    folder = folder_of(open_prepared(data, tokenizer))
+    prepared = folder.parent
+    shutil.rmtree(folder)
+    folder.symlink_to(mine)
+    (prepared / "other.partial").symlink_to(mine)
+    (prepared / f"{folder.name}.partial").symlink_to(mine)
+    (prepared / ".lock").unlink()
+    (prepared / ".lock").symlink_to(mine / "diary.txt")
+    with pytest.raises(OSError):
+        prepare(data, tokenizer, progress=False)
+    (prepared / ".lock").unlink()
+    prepare(data, tokenizer, progress=False)
+    assert not folder.is_symlink() and sorted(p.name for p in prepared.iterdir()) == [".lock", folder.name]
+    assert [p.name for p in mine.iterdir()] == ["diary.txt"] and (mine / "diary.txt").read_text() == "dear diary"
+    shard = folder / "train-00000.bin"
+    (mine / "elsewhere").write_bytes(shard.read_bytes())
+    shard.unlink()
+    shard.symlink_to(mine / "elsewhere")
+    with pytest.raises(ValueError, match="train-00000.bin: (a link|missing or not of the size)"):
+        open_prepared(data, tokenizer).train_rows(16, False, seed=0)
+    with pytest.raises(ValueError, match="train-00000.bin: a link; remove"):
+        open_prepared(data, tokenizer).verify()
+    (folder / "index.json").unlink()
+    os.mkfifo(folder / "index.json")
+    with pytest.raises(ValueError, match="index.json: no plain file; remove"):
         open_prepared(data, tokenizer)
 
 

@@ -1,6 +1,8 @@
 """Any text to ids and back; special ids only where we put them."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -48,7 +50,11 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
         assert loaded.fingerprint == tokenizer.fingerprint
         assert loaded.encode("The <|eos|> 42") == tokenizer.encode("The <|eos|> 42")
         assert (loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.im_start_id, loaded.im_end_id) == (0, 1, 2, 3, 4)
-    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == [
+        "SHA256SUMS",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_vocabulary_size_is_exact_or_refused(manual):
@@ -93,3 +99,181 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{]")
     with pytest.raises(ValueError, match="tokenizer.json: not readable as a tokenizer.json"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "SHA256SUMS"])
+def test_a_damaged_file_of_its_folder_is_named(tokenizer, tmp_path, name):
+    tokenizer.save(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    at = len(whole) // 2
+    for damaged in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:-3], b""):
+        (tmp_path / name).write_bytes(damaged)
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            with pytest.raises(
+                ValueError, match=f"^{tmp_path}/.*: .*; put back a whole copy .*train_tokenizer"
+            ) as error:
+                Tokenizer.load(path)
+            assert name in str(error.value) or name == "SHA256SUMS"
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint, "saving again must mend it"
+    (tmp_path / "SHA256SUMS").unlink()
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint, "a folder from elsewhere has no checksums"
+
+
+def test_saving_the_same_again_writes_nothing(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    before = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+    tokenizer.save(tmp_path)
+    assert {path.name: path.stat().st_ino for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("there", ["nothing", "the same without checksums", "another tokenizer", "an older template"])
+def test_a_kill_at_any_moment_of_saving_leaves_one_whole_or_none(tokenizer, manual, tmp_path, monkeypatch, there):
+    """After each of save's changes to the folder in turn: what loads is the tokenizer before or the one after."""
+    other = Tokenizer.train(manual[:3], 300)
+
+    def lay_out(folder):
+        if there == "another tokenizer":
+            other.save(folder)
+        elif there != "nothing":
+            with pytest.MonkeyPatch.context() as patch:
+                if there == "an older template":
+                    patch.setattr("data.tokenizer.CHAT_TEMPLATE", "older")
+                tokenizer.save(folder)
+            if there == "the same without checksums":
+                (folder / "SHA256SUMS").unlink()
+
+    class Kill(BaseException):
+        pass
+
+    def save_until(folder, n):
+        """Lets save make n changes to names in the folder; returns whether it wanted more. Leftovers stay, as after SIGKILL."""
+        left = n
+
+        def counted(real):
+            def change(path, *args, **kwargs):
+                nonlocal left
+                if left == 0:
+                    raise Kill
+                left -= 1
+                return real(path, *args, **kwargs)
+
+            return change
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("unlink", "replace"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            try:
+                tokenizer.save(folder)
+            except Kill:
+                return True
+        return False
+
+    for n in range(30):
+        folder = tmp_path / str(n)
+        lay_out(folder)
+        more = save_until(folder, n)
+        try:
+            found = Tokenizer.load(folder).fingerprint
+        except ValueError as error:
+            assert "cannot read" in str(error) and there in ("nothing", "another tokenizer"), f"after {n}: {error}"
+        else:
+            assert found == tokenizer.fingerprint or there == "another tokenizer" and found == other.fingerprint
+        tokenizer.save(folder)
+        assert Tokenizer.load(folder).fingerprint == tokenizer.fingerprint
+        assert sorted(p.name for p in folder.iterdir()) == ["SHA256SUMS", "tokenizer.json", "tokenizer_config.json"]
+        if not more:
+            break
+    assert 4 <= n < 29, n
+
+
+def hostile(change):
+    """tokenizer.json's tree -> a changed one."""
+    return lambda tree: [tree, change(tree)][0]
+
+
+def of_part(key, **part):
+    return hostile(lambda tree: tree.update({key: part}))
+
+
+HOSTILE = {
+    "id 2**40": hostile(lambda tree: tree["added_tokens"][0].update(id=2**40)),
+    "id 2**40 in the vocabulary": hostile(lambda tree: tree["model"]["vocab"].update(x=2**40)),
+    "id 2**32 - 1": hostile(lambda tree: tree["model"]["vocab"].update(x=2**32 - 1)),
+    "negative id": hostile(lambda tree: tree["model"]["vocab"].update(x=-1)),
+    "an id that is 1e308": hostile(lambda tree: tree["model"]["vocab"].update(x=1e308)),
+    "an id with two tokens": hostile(lambda tree: tree["model"]["vocab"].update(xyzzy=2)),
+    "no added tokens": hostile(lambda tree: tree.pop("added_tokens")),
+    "no model": hostile(lambda tree: tree.pop("model")),
+    "no vocabulary": hostile(lambda tree: tree["model"].pop("vocab")),
+    "no splitter": hostile(lambda tree: tree.pop("pre_tokenizer")),
+    "no decoder": hostile(lambda tree: tree.pop("decoder")),
+    "a list for the model": hostile(lambda tree: tree.update(model=[1])),
+    "a number for the splitter": hostile(lambda tree: tree.update(pre_tokenizer=7)),
+    "merges of no tokens": hostile(lambda tree: tree["model"].update(merges=[["nope", "neither"]])),
+    "dropout: another encoding each time": hostile(lambda tree: tree["model"].update(dropout=0.5)),
+    "a prefix that aborts tokenizers 0.23": hostile(lambda tree: tree["model"].update(continuing_subword_prefix="x")),
+    "a normaliser that aborts": of_part("normalizer", type="Precompiled", precompiled_charsmap="/////////w=="),
+    "a normaliser that panics": of_part("normalizer", type="Replace", pattern={"String": ""}, content=""),
+    "a normaliser that doubles the text 40 times": of_part(
+        "normalizer",
+        type="Sequence",
+        normalizers=[{"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}] * 40,
+    ),
+    "a splitter that panics": of_part("pre_tokenizer", type="FixedLength", length=0),
+    "a splitter whose expression is cut": of_part(
+        "pre_tokenizer", type="Split", pattern={"Regex": "(("}, behavior="Isolated", invert=False
+    ),
+    "a hundred splitters": of_part(
+        "pre_tokenizer",
+        type="Sequence",
+        pretokenizers=[{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}] * 100,
+    ),
+    "a decoder that panics": of_part("decoder", type="Strip", content="a", start=10**9, stop=10**9),
+    "a normaliser that removes text": of_part("normalizer", type="Replace", pattern={"String": "e"}, content=""),
+    "another kind of model": of_part("model", type="WordLevel", vocab={"x": 0}, unk_token="x"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_one_sentence(tokenizer, tmp_path, name):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(HOSTILE[name](json.loads(tokenizer._json))))
+    with pytest.raises(ValueError) as error:
+        Tokenizer.load(file)
+    text = str(error.value)
+    assert text.startswith(f"{file}: ") and ";" in text and "\n" not in text and len(text) < 400 + len(str(file)), text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[" * 100_000, '{"model":' * 100_000, "null", '{"a": 1, "a": 2}', '{"version": ' + "9" * 5000 + "}", "\0" * 9],
+    ids=["empty", "deep lists", "deep mappings", "null", "a key twice", "5,000 digits", "NULs"],
+)
+def test_what_is_no_tokenizer_at_all(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="tokenizer.json: not readable as a tokenizer.json .*; make it anew") as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_what_is_no_plain_or_a_huge_file_is_not_read(tmp_path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(ValueError, match="268,435,457 bytes are too many"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json: no plain file"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_regular_expression_without_end_is_one_sentence(tokenizer, tmp_path):
+    """Oniguruma gives up after ten million steps; the library panics then, which is no Exception in Python."""
+    theirs = json.loads(tokenizer._json)
+    theirs["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(z+)+$"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(theirs))
+    loaded = Tokenizer.load(tmp_path)
+    for encode in (loaded.encode, lambda text: loaded.encode_batch([text, "a"])):
+        with pytest.raises(ValueError, match="tokenizer.json: this tokenizer fails .*retry-limit.*; make it anew"):
+            encode("z" * 40 + "b")

@@ -18,7 +18,11 @@ from data.integrity import damage
 from train import checkpoint
 from train.metrics import read_rows
 
-from ..train.conftest import ROOT, environment, run, workplace  # noqa: F401
+from ..train import conftest as tiny
+from ..train.conftest import ROOT, environment, run
+
+workplace = tiny.workplace  # the fixture, one for all of these tests
+STARTED: list[subprocess.Popen] = []  # by the test that runs now
 
 UNEQUAL = ("train_seconds", "tokens_per_second", "mfu", "memory_gib")  # times and memory are a machine's, not a run's
 WAIT = 180  # seconds after which a test gives up waiting; long, because it measures nothing
@@ -45,6 +49,22 @@ def whole_sft(workplace, whole) -> Path:
     return workplace / "runs/sft"
 
 
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """A test that fails leaves no process behind."""
+    STARTED.clear()
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def start(module: str, *arguments: object) -> subprocess.Popen:
+    """`python -m module arguments` from the checkout's root."""
+    return _start([module, *arguments], {})
+
+
 def start_ranks(size: int, module: str, *arguments: object, **variables: str) -> list[subprocess.Popen]:
     """`python -m module arguments` as `size` ranks without a launcher, so that each one's exit code and words are seen.
 
@@ -53,32 +73,33 @@ def start_ranks(size: int, module: str, *arguments: object, **variables: str) ->
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            cwd=ROOT,
-            env={**environment(), **{k: str(v) for k, v in shared.items()}, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    shared = {
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        **variables,
+    }
+    return [_start([module, *arguments], {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(size)]
 
 
-def start_torchrun(size: int, *options: str, module: str, arguments: tuple) -> subprocess.Popen:
+def start_torchrun(size: int, *options: str, module: str, arguments: tuple, **variables: str) -> subprocess.Popen:
     """torchrun with `options` of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *options, "-m", module]
-        + [*map(str, arguments)],
+    launcher = "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *options, "-m"
+    return _start([*launcher, module, *arguments], variables)
+
+
+def _start(arguments: list, variables: dict) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), **{key: str(value) for key, value in variables.items()}},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    )
+    STARTED.append(process)
+    return process
 
 
 def finish_ranks(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -96,8 +117,7 @@ def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
         try:
             out, err = process.communicate(timeout=WAIT)
         except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
+            process.kill()
             out, err = process.communicate()
             pytest.fail(f"a process still ran after {WAIT} s\n{out[-2000:]}\n{err[-4000:]}")
         ended.append((process.returncode, out, err))
@@ -170,9 +190,8 @@ def samples(run_dir: Path) -> dict[tuple, str]:
 
 
 def checkpoint_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, 0 without one."""
-    found = checkpoint.complete_checkpoints(run_dir)
-    return checkpoint.read_state(found[-1])["step"] if found else 0
+    """The step of the newest checkpoint by its name, 0 without one."""
+    return max((int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*")), default=0)
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -213,7 +232,9 @@ def assert_sound(run_dir: Path) -> None:
     for pointer in ("latest", "best"):
         if (folder / pointer).exists():
             name = (folder / pointer).read_text().strip()
-            assert name.startswith("step-") and (folder / name).is_dir(), f"{pointer} names {name!r}, which is not there"
+            assert name.startswith("step-") and (folder / name).is_dir(), (
+                f"{pointer} names {name!r}, which is not there"
+            )
 
 
 def leftovers(run_dir: Path) -> list[str]:

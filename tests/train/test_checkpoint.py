@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.integrity import SUMS, damage, write_checksums
 from model import ModelConfig, MoEForCausalLM
 from train import checkpoint
 from train.config import RunConfig, TrainConfig
@@ -73,7 +74,8 @@ def test_weights_moments_and_state_come_back_bit_for_bit(made, tmp_path):
 
 def test_a_checkpoint_is_the_documented_files_and_no_pickle(made):
     folder = made.save(7)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(checkpoint.FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*checkpoint.FILES, SUMS))
+    assert damage(folder, checkpoint.FILES) is None
     assert (folder.parent / "latest").read_text() == "step-00000007\n"
     for name in ("model.safetensors", "optimizer.safetensors"):
         header = (folder / name).read_bytes()[8:]
@@ -111,7 +113,16 @@ def test_a_disk_that_fills_costs_the_new_checkpoint_alone(small_disk):
     assert steps(made.run_dir) == [1, 2]
 
 
-REFUSED = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml", "folder", "rename", "latest")
+REFUSED = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.yaml",
+    "checksums",
+    "folder",
+    "rename",
+    "latest",
+)
 
 
 @pytest.mark.parametrize("refused", REFUSED)
@@ -119,18 +130,28 @@ def test_whatever_the_disk_refuses_nothing_half_written_stays(made, monkeypatch,
     """Each write of a save in its turn fails; the checkpoint before is still there, whole, and the next save works."""
     made.save(1)
     before = content(made.run_dir)
-    real_flush, real_replace, real_mkdir = checkpoint._flush, os.replace, Path.mkdir
+    real_flush, real_replace, real_mkdir, real_sums = (
+        checkpoint._flush,
+        os.replace,
+        Path.mkdir,
+        checkpoint.write_checksums,
+    )
     full = OSError(28, "No space left on device")
 
     def flush(path):
-        if path.name == refused or (refused == "latest" and path.name == ".latest.partial"):
+        if path.name == refused:
             raise full
         real_flush(path)
 
     def replace(source, target):
-        if refused == "rename" and Path(target).name == "step-00000002":
+        if Path(target).name == {"rename": "step-00000002", "latest": "latest"}.get(refused):
             raise full
         real_replace(source, target)
+
+    def sums(folder, names):
+        real_sums(folder, names)
+        if refused == "checksums":
+            raise full
 
     def mkdir(self, *arguments, **options):
         if refused == "folder" and "partial" in self.name:
@@ -139,6 +160,7 @@ def test_whatever_the_disk_refuses_nothing_half_written_stays(made, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_flush", flush)
+        patch.setattr(checkpoint, "write_checksums", sums)
         patch.setattr(os, "replace", replace)
         patch.setattr(Path, "mkdir", mkdir)
         with pytest.raises(OSError, match="step-00000002: cannot write this checkpoint .*free some disk space"):
@@ -152,7 +174,7 @@ def test_whatever_the_disk_refuses_nothing_half_written_stays(made, monkeypatch,
     assert steps(made.run_dir) == [1, 2] and checkpoint.pointed(made.run_dir, "latest").name == "step-00000002"
 
 
-@pytest.mark.parametrize("missing", checkpoint.FILES)
+@pytest.mark.parametrize("missing", (*checkpoint.FILES, SUMS))
 def test_a_folder_without_all_its_files_is_never_chosen(made, missing):
     made.save(1)
     newest = made.save(2)
@@ -187,10 +209,115 @@ def test_pruning_keeps_the_newest_and_the_best(made):
     assert steps(made.run_dir) == [5, 6]
 
 
+def test_pruning_keeps_those_of_every_so_many_steps_for_ever(made):
+    for step in range(1, 10):
+        made.save(step)
+        checkpoint.point(made.run_dir, "best", "step-00000002") if step == 2 else None
+        checkpoint.prune(made.run_dir, keep=1, keep_every=3)
+    assert steps(made.run_dir) == [2, 3, 6, 9]
+    made.save(10)
+    checkpoint.prune(made.run_dir, keep=1, keep_every=5)
+    assert steps(made.run_dir) == [2, 10], "the rule of now decides, not that of before"
+
+
+def test_what_is_removed_loses_its_name_before_its_files(made, monkeypatch):
+    """A kill in the middle of a removal leaves nothing that looks like a checkpoint."""
+    made.save(1)
+    made.save(2)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # killed before a file was removed
+    checkpoint.prune(made.run_dir, keep=1)
+    monkeypatch.undo()
+    assert steps(made.run_dir) == [2]
+    checkpoint.sweep(made.run_dir)
+    assert sorted(path.name for path in (made.run_dir / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+
+
 def test_the_same_step_can_be_saved_again(made):
     made.save(3, note="first")
     made.save(3, note="second")
     assert checkpoint.read_state(checkpoint.find_checkpoint(made.run_dir))["note"] == "second"
+
+
+# Copies for a writer beside the training
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(made):
+    expected = {
+        **{name: tensor.clone() for name, tensor in made.model.state_dict().items()},
+        **{name: tensor.clone() for name, tensor in state_tensors(made.optimizer, made.model).items()},
+    }
+    snapshot = checkpoint.take_snapshot(made.model, made.optimizer, 1, {"note": "x"}, made.config)
+    step_if(made.optimizer, torch.tensor(True))
+    found = {**snapshot.weights, **snapshot.moments}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert any(not torch.equal(tensor, found[name]) for name, tensor in made.model.named_parameters() if name in found)
+    again = checkpoint.take_snapshot(made.model, made.optimizer, 2, {}, made.config, snapshot)
+    assert all(again.weights[name].data_ptr() == tensor.data_ptr() for name, tensor in snapshot.weights.items()), (
+        "the next snapshot takes new memory"
+    )
+    assert torch.equal(again.weights["norm.weight"], made.model.state_dict()["norm.weight"])
+
+
+# Damage
+
+
+def flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped in the header": lambda path: flip(path, 9),
+    "flipped at the front": lambda path: flip(path, 0),
+    "flipped in the middle": lambda path: flip(path, path.stat().st_size // 2),
+    "flipped at the end": lambda path: flip(path, -1),
+    "cut by two bytes": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", (*checkpoint.FILES, SUMS))
+@pytest.mark.parametrize("how", DAMAGES)
+def test_any_damage_is_named_set_aside_and_the_checkpoint_before_it_chosen(made, name, how):
+    first, second = made.save(1), made.save(2)
+    checkpoint.point(made.run_dir, "best", second.name)
+    DAMAGES[how](second / name)
+    newest, notes = checkpoint.newest_intact(made.run_dir)
+    assert newest == first and len(notes) == 1
+    assert str(second) in notes[0] and name in notes[0] and "\n" not in notes[0], notes
+    assert "damaged-step-00000002" in notes[0] and (second.parent / "damaged-step-00000002").is_dir()
+    assert steps(made.run_dir) == [1]
+    assert checkpoint.pointed(made.run_dir, "latest") == first, "latest must name what is whole"
+    assert not (second.parent / "best").exists(), "best named the damaged one and nothing else is known to be best"
+    assert checkpoint.newest_intact(made.run_dir) == (first, []), "said once"
+
+
+def test_all_checkpoints_damaged_is_refused_however_often_it_is_tried(made):
+    for step in (1, 2):
+        flip(made.save(step) / "model.safetensors", 500)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="model.safetensors: damaged.*copy one back, or remove") as error:
+            checkpoint.newest_intact(made.run_dir)
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_without_checkpoints_has_none_and_that_is_no_mistake(made):
+    assert checkpoint.newest_intact(made.run_dir) == (None, [])
+    made.run_dir.mkdir()
+    (made.run_dir / "checkpoints").mkdir()
+    assert checkpoint.newest_intact(made.run_dir) == (None, [])
+
+
+def test_a_pointer_that_a_kill_left_behind_the_newest_checkpoint_is_brought_up(made):
+    first, second = made.save(1), made.save(2)
+    checkpoint.point(made.run_dir, "latest", first.name)
+    assert checkpoint.newest_intact(made.run_dir) == (second, [])
+    assert checkpoint.pointed(made.run_dir, "latest") == second
 
 
 # What others wrote
@@ -243,6 +370,7 @@ def test_no_file_of_a_checkpoint_can_run_code(made, tmp_path):
         f"train: !!python/object/apply:os.system ['touch {trace}']",
     ):
         (folder / "config.yaml").write_text(text)
+        write_checksums(folder, checkpoint.FILES)  # a stranger can do that too
         with pytest.raises(ValueError, match="config.yaml"):
             checkpoint.read_config(folder)
     assert not trace.exists()

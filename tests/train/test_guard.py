@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.guard import SETTLED, LateReading, StepGuard
+from train.guard import MEMORY, SETTLED, GuardState, LateReading, StepGuard, StopSignals
 
 from .conftest import ROOT, environment
 
@@ -69,6 +69,22 @@ def test_a_saved_and_loaded_guard_goes_on_as_if_nothing_had_happened(norms, cut)
     assert second.state() == whole.state()
 
 
+def test_the_usual_norm_is_that_of_the_last_fifty_accepted_steps_or_so():
+    guard = settled(norm=2.0)
+    for norm in (4.0, math.nan, 1e9, 4.0):  # two are refused
+        judge(guard, norm)
+    assert guard.mean_norm.item() == pytest.approx(MEMORY * (MEMORY * 2 + (1 - MEMORY) * 4) + (1 - MEMORY) * 4)
+
+
+def test_a_checkpoint_keeps_all_that_the_guard_knows():
+    guard = settled()
+    judge(guard, math.nan)
+    state = guard.state()
+    assert state == GuardState(mean_norm=2.0, accepted_steps=SETTLED, bad_in_a_row=1, bad_total=1)
+    tensors = {name: value for name, value in vars(guard).items() if isinstance(value, torch.Tensor)}
+    assert tensors.keys() == vars(state).keys(), "a number of the guard is not saved, or one that it lacks is"
+
+
 def test_a_reading_comes_one_step_late_and_once():
     readings = LateReading()
     values = torch.tensor([1.0, 2.0])
@@ -78,6 +94,30 @@ def test_a_reading_comes_one_step_late_and_once():
     assert readings.push(values) == [1.0, 2.0]
     assert readings.pop() == [11.0, 12.0]
     assert readings.pop() is None
+
+
+@pytest.fixture
+def handlers():
+    kept = {number: signal.getsignal(number) for number in StopSignals.NUMBERS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_each_signal_that_asks_for_a_stop_is_noted(handlers, name):
+    number = signal.Signals[name]
+    signals = StopSignals()
+    assert signals.received == 0
+    signal.raise_signal(number)
+    assert signals.received == number
+
+
+def test_nohup_is_respected(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = StopSignals()
+    signal.raise_signal(signal.SIGHUP)
+    assert signals.received == 0, "a run started with nohup must not stop when the terminal closes"
 
 
 def test_another_signal_later_ends_the_process_at_once_but_an_echo_of_the_first_does_not():

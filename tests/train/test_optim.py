@@ -8,7 +8,14 @@ from torch import nn
 
 from model import ModelConfig, MoEForCausalLM
 from train.config import TrainConfig
-from train.optim import build_optimizer, load_state_tensors, set_learning_rate, state_tensors, step_if
+from train.optim import (
+    build_optimizer,
+    expected_state,
+    load_state_tensors,
+    set_learning_rate,
+    state_tensors,
+    step_if,
+)
 
 
 def tiny_model(**settings) -> MoEForCausalLM:
@@ -149,3 +156,44 @@ def test_state_goes_through_tensors_and_back_bit_for_bit():
         fill_gradients(each, 9)
         step_if(its_optimizer, torch.tensor(True))
     assert_same_bits(everything(restored, copy), everything(optimizer, model))
+
+
+def test_a_learning_rate_on_the_device_steps_as_the_same_number_on_the_host():
+    """The loop looks it up on the device, where alone it is known how many steps were taken."""
+    one, other = tiny_model(), tiny_model()
+    optimizers = build_optimizer(one, settings()), build_optimizer(other, settings())
+    rates = torch.tensor([0.01, 0.004, 0.0])
+    for step in range(3):
+        for model, optimizer, rate in ((one, optimizers[0], rates[step]), (other, optimizers[1], rates[step].item())):
+            set_learning_rate(optimizer, rate)
+            fill_gradients(model, step)
+            step_if(optimizer, torch.tensor(True))
+    for (name, ours), (_, theirs) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_what_is_expected_of_a_saved_state_is_what_a_step_leaves():
+    model = tiny_model()
+    optimizer = build_optimizer(model, settings())
+    fill_gradients(model, 0)
+    step_if(optimizer, torch.tensor(True))
+    found, expected = state_tensors(optimizer, model), expected_state(model)
+    assert found.keys() == expected.keys()
+    assert all(found[key].shape == expected[key].shape and found[key].dtype == expected[key].dtype for key in found)
+
+
+@pytest.mark.parametrize("broken", ["absent", "other shape"])
+def test_a_moment_that_does_not_fit_is_named_and_nothing_is_taken_over(broken):
+    model, copy = tiny_model(), tiny_model()
+    optimizer, restored = build_optimizer(model, settings()), build_optimizer(copy, settings())
+    fill_gradients(model, 0)
+    step_if(optimizer, torch.tensor(True))
+    tensors = state_tensors(optimizer, model)
+    name = "layers.1.self_attn.q_proj.weight/exp_avg_sq"
+    if broken == "absent":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1]
+    with pytest.raises(ValueError, match=f"{name} is .*use another checkpoint"):
+        load_state_tensors(restored, copy, tensors)
+    assert state_tensors(restored, copy) == {}, "half a state was taken over"

@@ -1,11 +1,12 @@
 """The learning rate: continuous, at the peak after the warm-up, at its end value at the end, whatever the settings."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import TrainConfig
-from train.schedule import learning_rate_at
+from train.schedule import learning_rate_at, learning_rate_table
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 STEPS = 400
@@ -70,3 +71,12 @@ def test_after_the_warm_up_it_never_rises_never_jumps_and_stays_within_bounds(
     assert all(-1e-12 <= fall <= steepest + 1e-12 for fall in falls), (
         f"jumps of up to {max(falls)}, at most {steepest} expected"
     )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_devices_table_holds_the_rate_of_every_step(schedule):
+    config = TrainConfig(steps=STEPS, learning_rate=3e-4, schedule=schedule, warmup_steps=7, min_learning_rate=0.1)
+    table = learning_rate_table(STEPS, config, torch.device("cpu"))
+    assert table.shape == (STEPS,) and table.dtype == torch.float32
+    expected = torch.tensor([learning_rate_at(step, STEPS, config) for step in range(STEPS)], dtype=torch.float32)
+    assert torch.equal(table, expected)
