@@ -159,7 +159,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     tree = _read_with_parents(Path(path), seen=())
     for override in overrides:
         _apply_override(tree, override)
-    return _build(RunConfig, tree, where=str(path), key="")
+    return _build(RunConfig, tree, where=short_name(path), key="")
 
 
 def from_dict(tree: dict, where: str) -> RunConfig:
@@ -188,17 +188,17 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
     text = _read_text(path)
     real = path.resolve()
     if real in seen:
-        raise ValueError(f"{path}: `base` leads back to this file; remove the circle")
+        raise ValueError(f"{short_name(path)}: `base` leads back to this file; remove the circle")
     if len(seen) > MOST_PARENTS:
-        raise ValueError(f"{path}: `base` leads through more than {MOST_PARENTS} files; put them together")
-    tree = strict_yaml.parse(text, str(path))
+        raise ValueError(f"{short_name(path)}: `base` leads through more than {MOST_PARENTS} files; put them together")
+    tree = strict_yaml.parse(text, short_name(path))
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
+        raise ValueError(f"{short_name(path)}: a config is a mapping of keys to values, not {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base: {short(base)} must be the path of one YAML file")
+        raise ValueError(f"{short_name(path)}: base: {short(base)} must be the path of one YAML file")
     return _merge(_read_with_parents(path.parent / base, (*seen, real)), tree)
 
 
@@ -207,17 +207,19 @@ def _read_text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():  # a device or a pipe might never end
             what = "a folder" if path.is_dir() else "not a regular file"
-            raise ValueError(f"{path}: cannot read this config file (it is {what}); {remedy}")
+            raise ValueError(f"{short_name(path)}: cannot read this config file (it is {what}); {remedy}")
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise ValueError(f"{short_name(path)}: cannot read this config file ({error.strerror}); {remedy}") from None
     if len(content) > LARGEST_FILE:
-        raise ValueError(f"{path}: larger than the {LARGEST_FILE >> 20} MiB that a config may have; {remedy}")
+        raise ValueError(
+            f"{short_name(path)}: larger than the {LARGEST_FILE >> 20} MiB that a config may have; {remedy}"
+        )
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: this config file is not UTF-8 text; save it as UTF-8") from None
+        raise ValueError(f"{short_name(path)}: this config file is not UTF-8 text; save it as UTF-8") from None
 
 
 def _may_be_a_path(name: str) -> bool:

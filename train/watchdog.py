@@ -103,8 +103,8 @@ class Watchdog:
         first = min(range(world.size), key=blame)
         still = now - self._pulses[world.rank].moved
         lines = [
-            f"error: rank {world.rank} of {world.size}: nothing has moved for {still:.0f} s (train.stall_timeout: {self.timeout:g}); "
-            f"rank {first} stands still, {self._described(first, now)}; ending this process: the same command goes on from the newest "
+            f"error: rank {world.rank} of {world.size}, {world.doing}: nothing has moved for {still:.0f} s (train.stall_timeout: "
+            f"{self.timeout:g}); rank {first} stands still, last heard at {self._described(first, now)}; ending this process: the same command goes on from the newest "
             "checkpoint"
         ]
         if world.size > 1:

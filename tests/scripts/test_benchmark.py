@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import MoEForCausalLM
-from model.flops import flops_per_token
+from model.flops import flops_per_token, total_count
 from scripts import benchmark, contestants, peers
 from scripts.contestants import Contestant, Field
 
@@ -98,27 +98,34 @@ def test_generation_that_differs_from_transformers_is_an_error(tiny, monkeypatch
 
 def test_command_measures_everyone_and_writes_json(tiny, monkeypatch, capsys, tmp_path):
     file = tmp_path / "result.json"
-    arguments = ["--size", "cpu-16", "--work", "train", "evaluate", "generate", "--precision", "float32", "bfloat16"]
+    arguments = ["--size", "cpu-16", "--work", "train", "evaluate", "generate", "save"]
+    arguments += ["--precision", "float32", "bfloat16"]
     monkeypatch.setattr(
         "sys.argv", ["benchmark", *arguments, "--device", "cpu", "--rounds", "2", "--no-memory", "--json", str(file)]
     )
     benchmark.main()
     result = json.loads(file.read_text())
-    assert [part["work"] for part in result["results"]] == ["train", "evaluate", "generate"]
+    assert [part["work"] for part in result["results"]] == ["train", "evaluate", "generate", "save"]
     train = {(row["name"], row["precision"]): row for row in result["results"][0]["rows"]}
     assert set(train) == {(name, p) for name in FLOAT32.names() for p in ("float32", "bfloat16")}
     assert all(row["tokens_per_second"] > 0 and 0 < row["mfu"] for row in train.values())
     assert train[contestants.TWIN, "float32"]["ratio_to_twin"] == 1.0
     speaking = {row["name"]: row for row in result["results"][2]["rows"] if row["precision"] == "float32"}
     assert speaking["ours, one stream"]["speed_to_transformers"] > 0
+    for row in result["results"][3]["rows"]:
+        assert row["bytes"] > 12 * total_count(TINY.model).total, "weights and two moments, float32"
+        assert set(row["ways"]) == {"background", "in line"} and all(
+            0 < cost["waited_seconds"]
+            and cost["share"] == pytest.approx(cost["added_seconds"] / row["step_seconds"] / 100)
+            for cost in row["ways"].values()
+        )
     printed = capsys.readouterr().out
-    assert "time / our twin" in printed and "torch " in printed
+    assert "time / our twin" in printed and "training waits, ms" in printed and "torch " in printed
 
 
 def test_training_contestants_learn(tiny):
     contestant = contestants.training(contestants.OURS, TINY, FLOAT32)
-    model = contestant.work.__closure__  # the step holds the model it trains
-    model = next(cell.cell_contents for cell in model if isinstance(cell.cell_contents, MoEForCausalLM))
+    model, _ = contestant.trained
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     contestant.work()
     assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
