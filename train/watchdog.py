@@ -104,8 +104,8 @@ class Watchdog:
         still = now - self._pulses[world.rank].moved
         lines = [
             f"error: rank {world.rank} of {world.size}, {world.doing}: nothing has moved for {still:.0f} s (train.stall_timeout: "
-            f"{self.timeout:g}); rank {first} stands still, last heard at {self._described(first, now)}; ending this process: the same command goes on from the newest "
-            "checkpoint"
+            f"{self.timeout:g}); rank {first} stands still, {self._described(first, now)}; ending this process: the same command goes "
+            "on from the newest checkpoint"
         ]
         if world.size > 1:
             lines += [f"  rank {rank}: {self._described(rank, now)}" for rank in range(world.size)]
