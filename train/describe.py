@@ -126,7 +126,7 @@ def step_row(
         "mfu": _mfu(speed, config, plan, world, precision),
         "memory_gib": memory_gib(world.device),
         "skipped_steps": int(guard.bad_total.item()),
-        "rows_digest": int(sums.rows_digest.item()),
+        "rows_digest": int(sums.announced.rows_digest.item()),
     }
     if sums.tokens_per_expert is not None:
         micro_batches = plan.accumulation * world.size

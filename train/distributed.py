@@ -40,6 +40,7 @@ class World:
     doing: str = "starting"  # what this process is at, for whoever asks why nothing moves
     beats: int = 0  # how often it has moved on
     _calls: Iterator[int] = field(default_factory=itertools.count)
+    _looked: float = 0.0
 
     @property
     def is_main(self) -> bool:
@@ -49,6 +50,19 @@ class World:
         """Notes what comes next: the sign of life that `train.watchdog` looks for."""
         self.doing = doing
         self.beats += 1
+
+    def tell(self, word: str) -> None:
+        """Leaves a word for the other ranks, which see it with `told`."""
+        if self.store is not None:
+            self.store.set(word, "")
+
+    def told(self, word: str) -> bool:
+        """Whether a rank has left this word; looks once a second at most."""
+        now = time.monotonic()
+        if self.store is None or now - self._looked < 1.0:
+            return False
+        self._looked = now
+        return self.store.check([word])
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in a new tensor."""
@@ -112,6 +126,11 @@ def joined(config: TrainConfig) -> Iterator[World]:
                 f"{world.doing}); lower it, accumulation makes up for it; or set train.activation_checkpointing: true"
             ) from None
         if world.size > 1 and _is_lost_connection(error):
+            if "remote=[127." in str(error) and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+                raise ValueError(
+                    f"rank {world.rank} of {world.size}: another machine's name resolves to 127.0.0.1 there; set GLOO_SOCKET_IFNAME on "
+                    "all of them to the network interface they share (ip addr shows it), such as eth0"
+                ) from None
             raise Unfinished(
                 f"rank {world.rank} of {world.size}, {world.doing}: another process is lost ({_reason(error)}); the same command "
                 "goes on from the newest checkpoint, and so does torchrun --max-restarts by itself"
@@ -187,8 +206,21 @@ def _roll_call(store: dist.Store, rank: int, size: int) -> str:
 def _leave(world: World) -> None:
     """Leaves the process group. The last collective's tensors are dropped by gloo's threads, which need Python for it."""
     if world.size > 1 and dist.is_initialized():
+        _see_others_off(world)
         time.sleep(0.2)  # a thread that has not had its turn when Python ends aborts the process (1 run in 20)
         dist.destroy_process_group()
+
+
+def _see_others_off(world: World) -> None:
+    """Rank 0 leaves last, or after 5 s: with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 the store, from which the others may still
+    have to read that all is done, is its own."""
+    with contextlib.suppress(dist.DistError):
+        world.store.set(f"leaving/{world.rank}", "")
+        deadline = time.monotonic() + 5
+        while world.is_main and time.monotonic() < deadline:
+            if world.store.check([f"leaving/{rank}" for rank in range(world.size)]):
+                break
+            time.sleep(0.02)
 
 
 def _end_with_parent() -> None:

@@ -34,7 +34,7 @@ from train.precision import autocast_for, compute_dtype, resolve_precision
 from train.progress import Clock, Progress, TrainingState
 from train.runs import RunFolder
 from train.schedule import learning_rate_table
-from train.step import StepVerdict, train_step
+from train.step import StepVerdict, announce, train_step
 from train.validate import held_out_row, loss_that_decides, samples
 from train.watchdog import Watchdog
 from train.writer import CheckpointWriter
@@ -193,12 +193,13 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
             if finished:
                 break
 
+            announced = announce(rows, plan, world, progress.step, signals.received > 0, writer.failed)
+            if announced.must_not_be_taken:
+                stopping, failed = bool(announced.stop), bool(announced.failed)
+                continue
             learning_rate = learning_rates.index_select(0, guard.accepted_steps.long().view(1)).squeeze(0)
             set_learning_rate(optimizer, learning_rate)
-            asked = (signals.received > 0, writer.failed)
-            sums = train_step(
-                parallel, model, optimizer, guard, rows, plan, config, world, autocast, progress.step, asked
-            )
+            sums = train_step(parallel, model, optimizer, guard, plan, config, world, autocast, announced)
             progress.step += 1
             progress.tokens += plan.tokens_per_step
 

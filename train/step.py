@@ -43,17 +43,31 @@ class StepVerdict:
 
 
 @dataclass
+class Announcement:
+    """What this rank will work on in a step, and what all ranks say before it."""
+
+    step: int  # steps done before
+    batches: list[dict[str, Tensor]]  # of this rank, by its accumulation
+    targets: Tensor  # () float64, of the whole step
+    stop: Tensor  # () float64, above 0 if any rank was asked to stop
+    failed: Tensor  # () float64, above 0 if rank 0 could not write a checkpoint
+    rows_digest: Tensor  # () float64, a whole number: which rows stand at which positions
+
+    @property
+    def must_not_be_taken(self) -> bool:
+        """Whether the step is to be left undone. On a GPU never: the host reads `stop` a step later, and does not wait."""
+        return self.stop.device.type == "cpu" and bool(self.stop + self.failed > 0)
+
+
+@dataclass
 class StepSums:
     """A step's sums over micro-batches and ranks, on the device."""
 
     nats: Tensor  # () float64
-    targets: Tensor  # () float64
+    announced: Announcement
     aux_loss: Tensor  # () float64, weighted, averaged
     norm: Tensor  # () float32, before clipping
     accepted: Tensor  # () bool, whether the guard let the step be taken
-    stop: Tensor  # () float64, above 0 if any rank was asked to stop
-    failed: Tensor  # () float64, above 0 if rank 0 could not write a checkpoint
-    rows_digest: Tensor  # () float64, a whole number: which rows stood at which positions
     micro_losses: Tensor  # (accumulation * ranks,) float64, mean cross-entropy of each micro-batch
     routing_sums: Tensor | None  # (L, 4) float64, see MoEForCausalLM.routing_counts
     tokens_per_expert: Tensor | None  # (L, E) float64
@@ -61,12 +75,31 @@ class StepSums:
     @property
     def loss(self) -> Tensor:
         """Nats per target."""
-        return self.nats / self.targets.clamp(min=1)
+        return self.nats / self.announced.targets.clamp(min=1)
 
     def verdict(self, guard: StepGuard) -> Tensor:
         """The numbers of StepVerdict.of, in one tensor."""
-        scalars = (self.stop, self.failed, self.accepted, guard.bad_in_a_row, self.loss, self.norm, guard.mean_norm)
+        said = self.announced
+        scalars = (said.stop, said.failed, self.accepted, guard.bad_in_a_row, self.loss, self.norm, guard.mean_norm)
         return torch.cat((torch.stack([scalar.double() for scalar in scalars]), self.micro_losses))
+
+
+def announce(rows: TrainRows, plan: Plan, world: World, step: int, stop: bool, failed: bool) -> Announcement:
+    """Reads this rank's rows of a step: [step * rows_per_step, (step + 1) * rows_per_step) of the endless order, micro-batch g of
+    all at `g % ranks == rank`; and sums over ranks what must be known before. `stop`, `failed`: what this rank has to say."""
+    world.beat(f"step {step + 1}: reading rows")
+    positions = [step * plan.rows_per_step + g * plan.micro_batch_size for g in global_micro_batches(plan, world)]
+    batches = [rows.batch(position, plan.micro_batch_size) for position in positions]
+    here = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    digest = sum(rows_digest(batch["input_ids"], position) for batch, position in zip(batches, positions, strict=True))
+    world.beat(f"step {step + 1}: {WAITING}")
+    sums = world.sum(_without_waiting(torch.tensor([here, stop, failed, digest], dtype=torch.float64), world.device))
+    return Announcement(step, batches, *sums)
+
+
+def global_micro_batches(plan: Plan, world: World) -> list[int]:
+    """Which of the step's micro-batches are this rank's."""
+    return [a * world.size + world.rank for a in range(plan.accumulation)]
 
 
 def train_step(
@@ -74,37 +107,24 @@ def train_step(
     model: MoEForCausalLM,
     optimizer: torch.optim.Optimizer,
     guard: StepGuard,
-    rows: TrainRows,
     plan: Plan,
     config: RunConfig,
     world: World,
     autocast: Autocast,
-    step: int,
-    asked: tuple[bool, bool],
+    announced: Announcement,
 ) -> StepSums:
-    """One optimizer step on rows [step * rows_per_step, (step + 1) * rows_per_step) of the endless row order.
+    """One optimizer step.
 
     Minimises sum over micro-batches of loss * n_targets / (targets of the whole step) + aux_loss averaged over ranks and
-    micro-batches: the same function whatever the split into ranks and micro-batches. `asked`: whether this rank was asked
-    to stop, and whether it could not write a checkpoint; the sums tell all ranks.
+    micro-batches: the same function whatever the split into ranks and micro-batches.
     """
-    world.beat(f"step {step + 1}: reading rows")
-    global_indices = [a * world.size + world.rank for a in range(plan.accumulation)]  # this rank's micro-batches
-    positions = [step * plan.rows_per_step + g * plan.micro_batch_size for g in global_indices]
-    batches = [rows.batch(position, plan.micro_batch_size) for position in positions]
-    here = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    digest = sum(rows_digest(batch["input_ids"], position) for batch, position in zip(batches, positions, strict=True))
-    world.beat(f"step {step + 1}: {WAITING}")
-    targets, stop, failed, digest = world.sum(
-        _without_waiting(torch.tensor([here, *asked, digest], dtype=torch.float64), world.device)
-    )
-
+    step, targets = announced.step, announced.targets
     optimizer.zero_grad(set_to_none=True)
     model.reset_counts()
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     aux_loss = torch.zeros((), dtype=torch.float64, device=world.device)
     micro_losses = torch.zeros(plan.accumulation * world.size, dtype=torch.float64, device=world.device)
-    for a, (g, batch) in enumerate(zip(global_indices, batches, strict=True)):
+    for a, (g, batch) in enumerate(zip(global_micro_batches(plan, world), announced.batches, strict=True)):
         world.beat(f"step {step + 1}: forward and backward")
         seed_randomness(config.seed, step, g)
         last = a == plan.accumulation - 1
@@ -129,9 +149,7 @@ def train_step(
     step_if(optimizer, accepted)
     if tokens_per_expert is not None:
         model.update_router_bias(tokens_per_expert, accepted)
-    return StepSums(
-        nats, targets, aux_loss, norm, accepted, stop, failed, digest, micro_losses, routing_sums, tokens_per_expert
-    )
+    return StepSums(nats, announced, aux_loss, norm, accepted, micro_losses, routing_sums, tokens_per_expert)
 
 
 def rows_digest(input_ids: Tensor, position: int) -> int:

@@ -83,6 +83,8 @@ def held_out_row(
     def own_batches(held: HeldOutRows, name: str) -> Iterator[dict[str, Tensor]]:
         for i, batch in enumerate(held.batches(config.eval.batch_size)):
             if signals.received:
+                world.tell("stop")
+            if signals.received or world.told("stop"):
                 return
             if i % world.size == world.rank:
                 world.beat(f"step {progress.step}: held-out loss of {name}")

@@ -19,7 +19,7 @@ from train.metrics import read_rows
 from train.optim import build_optimizer, set_learning_rate
 from train.plan import Plan
 from train.schedule import learning_rate_table
-from train.step import StepVerdict, train_step
+from train.step import StepVerdict, announce, train_step
 
 from ..reliability.conftest import assert_equal_runs
 from ..train.conftest import run, start, workplace  # noqa: F401  (a fixture)
@@ -51,9 +51,8 @@ def test_a_step_is_judged_taken_and_reported_without_waiting_for_the_device():
     def step(number: int) -> None:
         set_learning_rate(optimizer, rates.index_select(0, guard.accepted_steps.long().view(1)).squeeze(0))
         autocast = lambda: torch.autocast("cuda", dtype=torch.bfloat16)  # noqa: E731
-        sums = train_step(
-            model, model, optimizer, guard, RandomRows(), plan, config, world, autocast, number, (False, False)
-        )
+        announced = announce(RandomRows(), plan, world, number, False, False)
+        sums = train_step(model, model, optimizer, guard, plan, config, world, autocast, announced)
         pushed.append(sums.verdict(guard))
 
     pushed: list[torch.Tensor] = []
