@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import select
 import stat
 import sys
 import types
@@ -103,10 +104,7 @@ class Reporter:
     def say(self, text: str) -> None:
         if not self.speaks:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        self._show(lambda: self._bar.write(text) if self._bar is not None else print(text, flush=True))
         self._write(append_text, "log.txt", without_home(text) + "\n")
 
     def log(self, row: dict) -> None:
@@ -124,16 +122,24 @@ class Reporter:
 
     def progress(self) -> None:
         if self._bar is not None:
-            self._bar.update()
+            self._show(self._bar.update)
 
     def close(self, failed: bool = False) -> None:
         """Closes the bar and wandb, which is told whether the run failed. A second call does nothing."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            bar.close()
+        if self._bar is not None:
+            self._show(self._bar.close)
+        self._bar = None
         if self._wandb is not None:
             self._to_wandb(lambda run: run.finish(exit_code=int(failed)))
         self._wandb = None
+
+    def _show(self, write: Callable[[], object]) -> None:
+        """A console that is gone (a closed terminal, a pipe that nobody reads) ends no run: log.txt has every line."""
+        try:
+            write()
+        except OSError:
+            self._bar = None
+            _leave_dead_console()
 
     def _write(self, append: Callable[[Path, typing.Any], None], name: str, what: object) -> None:
         if self._disk_refused:
@@ -151,6 +157,17 @@ class Reporter:
         except Exception as error:
             self._wandb = None
             self.say(f"wandb: {_one_line(error)}; the run goes on without it, metrics.jsonl has every row")
+
+
+def _leave_dead_console() -> None:
+    """Sends standard output, and standard error if it is gone too, to nowhere: else Python's last flush would fail again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    poll = select.poll()
+    poll.register(2, 0)
+    os.dup2(null, 1)
+    if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
+        os.dup2(null, 2)
+    os.close(null)
 
 
 def append_text(path: Path, text: str) -> None:
