@@ -10,7 +10,6 @@ newest checkpoint is kept as RUN/evaluation.json, which the report reads; of an 
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from eval.routing import RoutingRecorder
 from eval.tasks import run_tasks
 from train import cli
 from train.checkpoint import Run, open_run
+from train.files import replace_file
 from train.memory import keep_freed_memory
 
 SPARKS = "▁▂▃▄▅▆▇█"  # an expert's load, from none to twice its fair share
@@ -64,11 +64,18 @@ def choose_tasks(text: str | None, is_chat: bool) -> list[str]:
 
 
 def write_json(result: dict, path: Path) -> None:
-    """Whole or not at all; the folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    """Whole or not at all; the folder is made if it is missing. A pipe or a terminal is written to, not replaced."""
+    if path == Path("/dev/stdout"):  # where a file may stand behind it, which must not be opened a second time
+        print(as_text(result), end="")
+    elif path.exists() and not path.is_file():
+        path.write_text(as_text(result), encoding="utf-8", errors="replace")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, as_text(result))
+
+
+def as_text(result: dict) -> str:
+    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
 
 
 def tables(result: dict) -> str:
@@ -163,20 +170,21 @@ def main() -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} must be at least 1")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the evaluation
 
     keep_freed_memory()
     run = open_run(options.run, device=options.device, precision=options.precision)
     names = choose_tasks(options.tasks, run.config.data.format == "chat")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the evaluation
     print(f"{run.config.name}, step {run.step:,} ({run.checkpoint.name}), on {run.device} in {run.precision}\n")
     result = evaluate(run, task_names=names, limit=options.limit, batch_size=options.batch_size)
     print(tables(result))
     written = [options.json] if options.json else []
+    if options.json:
+        write_json(result, options.json)
     if (Path(options.run) / "checkpoints").is_dir():
         written.append(run.run_dir / "evaluation.json")
-    for path in written:
-        write_json(result, path)
+        replace_file(written[-1], as_text(result))
     print(f"\n{result['seconds']:.0f} s" + (f"; written to {' and '.join(map(str, written))}" if written else ""))
     return 0
 

@@ -2,17 +2,58 @@
 
 Everything is optional, because a report is most wanted of a run that stopped half-way: a missing file is an empty
 part and a line torn by a kill is skipped. After a resume the same step may stand in metrics.jsonl twice: the
-last row of a step wins.
+last row of a step wins. A run folder may come from a stranger: what does not fit the shapes below is left out as if it
+were missing, a link is not followed, and what is too large to be ours is refused.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import stat
+import typing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+from train.strict_yaml import parse
+
+TEXT_LIMIT = 64 * 2**20  # bytes of a file that is read whole
+CONFIG_LIMIT = 2**20  # of config.yaml, whose parser is slow
+ROWS_LIMIT = 4 * 2**30  # of metrics.jsonl and samples.jsonl
+LARGEST = 1e15  # of numbers: above, floating point no longer counts steps
+
+# Shapes: int, float and str stand for themselves (numbers finite and of a size that can be drawn), object for any plain value,
+# [shape] for a list, {"key": shape} for a mapping whose other keys are ignored, {str: shape} for one with any keys.
+FIGURES = {"loss": float, "perplexity": float, "bits_per_byte": float, "tokens": float, "bytes": float}
+ROUTING = {"layers": [int], "load": [[float]], "max_vio": [float], "router_entropy": [float]}
+TRAIN_ROW = {
+    "step": int, "tokens": float, "train_seconds": float, "loss": float, "tokens_per_second": float, "routing": ROUTING,
+}  # fmt: skip
+HELD_OUT_ROW = {"step": int, "tokens": float, "train_seconds": float, "loss": float, "sources": {str: FIGURES}}
+SAMPLE = {"step": int, "prompt": str, "text": str}
+CONFIG = {
+    "name": str,
+    "model": {str: object},
+    "data": {"format": str, "sources": [{"name": str}]},
+    "train": {"steps": int, "tokens_per_step": int, "init_from": str},
+    "eval": {"best_source": str},
+}
+RUN = {"started": str, "machine": {"device": str, "processes": int, str: object}, "sessions": [{"seconds": float}]}
+EXAMPLE = {"question": str, "answer": str, "wanted": str, "score": float}
+TASK = {
+    "metric": str, "score": float, "chance": float, "trivial": float, "trivial_name": str, "standard_error": float, "n": int,
+    "examples": [EXAMPLE],
+}  # fmt: skip
+EVALUATION = {
+    "heldout": {str: FIGURES},
+    "tasks": {str: TASK},
+    "routing": {**ROUTING, "typical_tokens": [[[{"token": str, "lift": float}]]]},
+    "seconds": float,
+}
+STAGES = {str: float}
 
 
 @dataclass
@@ -20,7 +61,7 @@ class Stage:
     """One training run as its folder describes it; a chat model's report shows two, pretraining and fine-tuning."""
 
     folder: Path
-    config: dict = field(default_factory=dict)  # config.yaml as plain mappings
+    config: dict = field(default_factory=dict)  # what is shown of config.yaml, as plain mappings
     config_text: str = ""
     train: list[dict] = field(default_factory=list)  # rows of kind train, by step
     held_out: list[dict] = field(default_factory=list)  # rows of kind held_out, by step
@@ -49,7 +90,7 @@ class Stage:
     def seconds(self) -> float:
         """Training time: what the metrics counted, or the sum over sessions where they counted nothing."""
         counted = max((row.get("train_seconds") or 0.0 for row in (*self.train, *self.held_out)), default=0.0)
-        return counted or sum(session.get("seconds") or 0.0 for session in self.run.get("sessions", []))
+        return counted or sum(session.get("seconds") or 0.0 for session in self.run.get("sessions") or [])
 
     def section(self, key: str) -> dict:
         """A section of the config; empty where the config lacks it."""
@@ -59,7 +100,7 @@ class Stage:
     def sources(self) -> dict[str, dict]:
         """Held-out figures of each source: of the evaluation where there is one, otherwise the newest of training."""
         measured = self.evaluation.get("heldout")
-        return measured or (self.held_out[-1].get("sources", {}) if self.held_out else {})
+        return measured or (self.held_out[-1].get("sources") or {} if self.held_out else {})
 
 
 def read_stage(folder: str | Path) -> Stage:
@@ -69,20 +110,18 @@ def read_stage(folder: str | Path) -> Stage:
         raise ValueError(
             f"{folder}: no run folder (neither config.yaml nor metrics.jsonl in it); give one such as runs/NAME"
         )
-    rows = _read_json_lines(folder / "metrics.jsonl")
-    rows = [row for row in rows if isinstance(row.get("step"), int)]
-    text = _read_text(folder / "config.yaml")
-    config = yaml.safe_load(text) if text else {}
+    rows = list(_json_lines(folder / "metrics.jsonl"))
+    text = "".join(_lines(folder / "config.yaml", CONFIG_LIMIT))
     return Stage(
         folder=folder,
-        config=config if isinstance(config, dict) else {},
+        config=_config(text),
         config_text=text,
-        train=_newest_by_step([row for row in rows if row.get("kind") == "train"]),
-        held_out=_newest_by_step([row for row in rows if row.get("kind") == "held_out"]),
-        samples=_newest_by_step(_read_json_lines(folder / "samples.jsonl"), "prompt"),
-        run=_read_json(folder / "run.json"),
-        evaluation=_read_json(folder / "evaluation.json"),
-        stages=_read_json(folder / "stages.json"),
+        train=_newest_by_step(_routed(_fitting(row, TRAIN_ROW)) for row in rows if row.get("kind") == "train"),
+        held_out=_newest_by_step(_fitting(row, HELD_OUT_ROW) for row in rows if row.get("kind") == "held_out"),
+        samples=_newest_by_step((_fitting(row, SAMPLE) for row in _json_lines(folder / "samples.jsonl")), "prompt"),
+        run=_read_json(folder / "run.json", RUN),
+        evaluation=_routed(_read_json(folder / "evaluation.json", EVALUATION)),
+        stages=_read_json(folder / "stages.json", STAGES),
     )
 
 
@@ -111,11 +150,14 @@ def _find_parent(stage: Stage) -> Path | None:
     init_from = stage.section("train").get("init_from")
     if not init_from:
         return None
-    if found := run_folder_of(Path(init_from)):
-        return found
-    # Runs that moved to another machine together stand side by side still.
-    siblings = (stage.folder.absolute().parent / part for part in Path(init_from).parts if part not in ("/", "..", "."))
-    return next((folder for folder in siblings if is_run(folder)), None)
+    try:
+        if found := run_folder_of(Path(init_from)):
+            return found
+        # Runs that moved to another machine together stand side by side still.
+        parts = (part for part in Path(init_from).parts if part not in ("/", "..", "."))
+        return next((folder for part in parts if is_run(folder := stage.folder.absolute().parent / part)), None)
+    except (OSError, ValueError):  # a text that can be no path: too long, or with a NUL
+        return None
 
 
 def finite(values: list) -> list[float]:
@@ -124,30 +166,101 @@ def finite(values: list) -> list[float]:
     return [float(v) if ok else math.nan for v, ok in zip(values, good, strict=True)]
 
 
-def _newest_by_step(rows: list[dict], *more_keys: str) -> list[dict]:
-    newest = {(row.get("step", 0), *(row.get(key) for key in more_keys)): row for row in rows}
-    return sorted(newest.values(), key=lambda row: row.get("step", 0))
+def _newest_by_step(rows: Iterable[dict], *more_keys: str) -> list[dict]:
+    newest = {(row["step"], *(row.get(key) for key in more_keys)): row for row in rows if row.get("step", -1) >= 0}
+    return sorted(newest.values(), key=lambda row: row["step"])
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def _fitting(value: object, shape: object) -> typing.Any:
+    """What of `value` fits the shape; None for a value that does not, which a mapping then leaves out."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return {}
+        pairs = ((key, _fitting(item, shape.get(key, shape.get(str, None)))) for key, item in value.items())
+        return {key: item for key, item in pairs if item is not None}
+    if isinstance(shape, list):
+        return [_fitting(item, shape[0]) for item in value] if isinstance(value, list) else None
+    if shape is None or isinstance(value, bool):
+        return value if shape is object else None
+    if isinstance(value, int | float):
+        fits = shape in (int, float, object) and (isinstance(value, int) or shape is not int)
+        return value if fits and -LARGEST <= value <= LARGEST else None  # NaN is neither above nor below
+    if isinstance(value, str):
+        return value if shape in (str, object) else None
+    return _plain(value) if shape is object else None
 
 
-def _read_json(path: Path) -> dict:
+def _plain(value: object) -> object:
+    """A mapping or list of plain values, a few levels deep, such as run.json's description of a machine."""
+    if isinstance(value, dict):
+        return _fitting(value, {str: object})
+    return _fitting(value, [object])
+
+
+def _routed(row: dict) -> dict:
+    """The row without routing whose lists do not fit together: L layers, and a load of L x E numbers."""
+    routing = row.get("routing") or {}
+    layers, load = routing.get("layers") or [], routing.get("load") or []
+    widths = {len(experts or ()) for experts in load}
+    whole = None not in layers and all(share is not None and share >= 0 for experts in load for share in experts or ())
+    if "routing" in row and not (whole and load and len(layers) == len(load) and len(widths) == 1 and widths != {0}):
+        del row["routing"]
+    elif "typical_tokens" in routing and not _fits(routing["typical_tokens"], len(layers)):
+        del routing["typical_tokens"]
+    return row
+
+
+def _fits(typical_tokens: list, n_layers: int) -> bool:
+    """Whether there is a list for every layer, of lists of tokens with their lift."""
+    return len(typical_tokens) == n_layers and all(
+        token.keys() == {"token", "lift"}
+        for experts in typical_tokens
+        for tokens in experts or [[{}]]
+        for token in tokens or ()
+    )
+
+
+def _config(text: str) -> dict:
     try:
-        value = json.loads(_read_text(path) or "{}")
+        return _fitting(parse(text, "config.yaml"), CONFIG)
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def _read_json_lines(path: Path) -> list[dict]:
-    rows = []
-    for line in _read_text(path).splitlines():
+def _lines(path: Path, limit: int) -> Iterator[str]:
+    """The lines of a plain file; none where it is missing. ValueError where it is a link or larger than ours ever are."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(
+                f"{path}: is a link, and a report shows plain files alone; put the file itself there"
+            ) from None
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO):
+            return
+        raise
+    with open(descriptor, encoding="utf-8", errors="replace", newline="\n") as file:
+        about = os.fstat(descriptor)
+        if about.st_size > limit:
+            raise ValueError(
+                f"{path}: has {about.st_size:,} bytes, a report reads {limit:,} at most; remove or shorten this file"
+            )
+        if stat.S_ISREG(about.st_mode):
+            yield from file
+
+
+def _read_json(path: Path, shape: dict) -> dict:
+    try:
+        return _fitting(json.loads("".join(_lines(path, TEXT_LIMIT)) or "{}"), shape)
+    except (json.JSONDecodeError, RecursionError):
+        return {}
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    for line in _lines(path, ROWS_LIMIT):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # torn by a kill
         if isinstance(row, dict):
-            rows.append(row)
-    return rows
+            yield row

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +38,19 @@ from eval.page import (
 from model import ModelConfig
 from model.flops import total_count
 from train import cli
+from train.config import build
+from train.files import replace_file
+from train.metrics import without_home
 
 CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a report runs nothing and asks nobody
+MOST_LAYERS = 10_000  # of a model whose parameters are counted, layer by layer
 SAMPLES_OF_FIRST_PROMPT, SAMPLES_OF_OTHERS = 6, 2
 
 
 def write_report(run_dir: str | Path) -> Path:
     """Writes RUN/report.html and returns its path. Raises ValueError where run_dir is no run folder."""
-    stages = read_lineage(run_dir)
     target = Path(run_dir) / "report.html"
-    unfinished = target.with_name(f"report.html.{os.getpid()}.tmp")
-    unfinished.write_text(render(stages), encoding="utf-8", errors="replace")
-    unfinished.replace(target)
+    replace_file(target, render(read_lineage(run_dir)))
     return target
 
 
@@ -89,7 +89,7 @@ def render(stages: list[Stage]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{CSP}">'
         f"<title>{escape(run.name)} · MiniMoE report</title><style>\n{style}</style></head><body><main>{''.join(body)}"
-        f"<footer>Written by <code>python -m eval.report {escape(run.folder)}</code> "
+        f"<footer>Written by <code>python -m eval.report {escape(without_home(str(run.folder)))}</code> "
         f"on {now.day} {now:%B %Y, %H:%M}.</footer></main></body></html>\n"
     )
 
@@ -101,7 +101,7 @@ def _headline(stages: list[Stage]) -> str:
     run, first = stages[-1], stages[0]
     model, seconds, tasks = _model_config(run), sum(stage.seconds for stage in stages), _tasks(run)
 
-    names = [str(source.get("name")) for source in first.section("data").get("sources") or []]
+    names = [source["name"] for source in first.section("data").get("sources") or [] if "name" in source]
     sources = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
     story = f"{_describe_model(run, model)}, trained on {count(first.tokens_seen)} tokens" + f" of {sources}" * bool(
         names
@@ -318,7 +318,7 @@ def _machine(run: Stage) -> str:
 
 
 def _config(stage: Stage) -> str:
-    text = stage.config_text
+    text = without_home(stage.config_text)
     return details(f"config.yaml of {stage.name}", f"<pre>{escape(text)}</pre>") if text else ""
 
 
@@ -356,11 +356,12 @@ def _ceiling(values: list[float]) -> tuple[float | None, float | None]:
 def _model_config(run: Stage) -> ModelConfig | None:
     """The config's model section; None where it is missing or of another version: a report then does without."""
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    tree = run.section("model")
+    tree = {key: value for key, value in run.section("model").items() if key in known}
     try:
-        return ModelConfig(**{key: value for key, value in tree.items() if key in known}) if tree else None
-    except (TypeError, ValueError):
+        model = build(ModelConfig, tree, "model") if tree else None
+    except ValueError:
         return None
+    return model if model and model.num_hidden_layers <= MOST_LAYERS else None
 
 
 def _describe_model(run: Stage, model: ModelConfig | None) -> str:

@@ -98,6 +98,10 @@ def _decode(
             hidden, _ = model._hidden_states(ids, mask, None, None, cache)
             logits = model.lm_head(hidden[:, -1]).float()  # (B, V)
             logits = _penalise(logits, seen, repetition_penalty)
+            if not torch.isfinite(logits).all():
+                raise ValueError(
+                    "the model's output is not a number: its training diverged, or its weights are damaged; use another checkpoint"
+                )
             tokens = _sample(logits, temperature, top_k, top_p, generator)  # (B,)
             seen.scatter_(1, tokens.unsqueeze(1), True)
             ids = tokens.unsqueeze(1)

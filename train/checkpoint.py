@@ -219,7 +219,13 @@ def read_config(checkpoint: Path) -> RunConfig:
 
 
 def read_training_state(checkpoint: Path) -> TrainingState:
-    return run_config.build(TrainingState, read_state(checkpoint), str(checkpoint / "state.json"))
+    path = checkpoint / "state.json"
+    state = run_config.build(TrainingState, read_state(checkpoint), str(path))
+    if checkpoint.name != checkpoint_name(state.step) or state.progress.step != state.step:
+        raise ValueError(
+            f"{path}: says step {state.step} and {state.progress.step}, which is not {checkpoint.name}; use another checkpoint"
+        )
+    return state
 
 
 def check_intact(checkpoint: Path, names: Iterable[str] = FILES) -> None:

@@ -162,8 +162,11 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
                 stopping = True
                 return
             if world.is_main:
-                for prompt, text in samples(model, tokenizer, config, autocast):
-                    reporter.sample(progress.step, prompt, text)
+                try:
+                    for prompt, text in samples(model, tokenizer, config, autocast):
+                        reporter.sample(progress.step, prompt, text)
+                except ValueError as error:  # a model that says nothing may still learn to
+                    reporter.say(f"no samples at step {progress.step}: {error}")
             if row is None:
                 return
             reporter.log(row)

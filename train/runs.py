@@ -177,8 +177,8 @@ class RunFolder:
             return False
         if not any(source["held_out"]["documents"] for source in prepared.index["sources"]):
             return True
-        evaluated = [row["step"] for row in read_rows(self.path / "metrics.jsonl") if row["kind"] == "held_out"]
-        return bool(evaluated) and evaluated[-1] >= steps
+        evaluated = [row.get("step") for row in read_rows(self.path / "metrics.jsonl") if row.get("kind") == "held_out"]
+        return any(isinstance(step, int) and step >= steps for step in evaluated)
 
     def begin_session(self, world: World, step: int) -> None:
         """Notes in run.json the machine and where this session starts."""

@@ -2,11 +2,11 @@
 
 import functools
 
-import jinja2
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.chat import CHAT_TEMPLATE, check_messages, encode_conversation, encode_prompt, to_messages
 
@@ -28,7 +28,7 @@ conversations = st.tuples(
 def rendered_ids(tokenizer, messages, add_generation_prompt=False):
     """The template's text through a tokenizer that knows special tokens by name, as other tools do it."""
     prompt = {"messages": messages, "bos_token": "<|bos|>", "add_generation_prompt": add_generation_prompt}
-    text = jinja2.Template(CHAT_TEMPLATE, keep_trailing_newline=True).render(**prompt)
+    text = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(CHAT_TEMPLATE).render(**prompt)
     return other_tool(tokenizer.fingerprint, tokenizer._json).encode(text, add_special_tokens=False).ids
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -90,10 +91,11 @@ def small_disk(tmp_path):
     """A file system of 512 KiB; skipped where this user may not mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if os.system(f"mount -t tmpfs -o size=512k tmpfs '{folder}' 2>/dev/null"):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
         pytest.skip("mounting a small file system is not permitted here")
     yield folder
-    os.system(f"umount '{folder}'")
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_costs_the_new_checkpoint_alone(small_disk):
