@@ -31,13 +31,15 @@ class SourceConfig:
     streaming: bool = False  # hub: read over the network without storing the whole set
     text_key: str = "text"  # jsonl, parquet, hub: the column with the text (format: text)
     split_key: str | None = None  # column whose value decides train or held-out; null: the text itself
-    weight: float = field(default=1.0, metadata={"min": 0.0, "exclusive": True})  # repetitions per epoch
+    weight: float = field(default=1.0, metadata={"min": 0.0, "exclusive": True, "max": 1e6})  # repetitions per epoch
     max_documents: int | None = field(default=None, metadata={"min": 1})  # stop reading after so many
     held_out_fraction: float | None = field(
         default=None, metadata={"min": 0.0, "max": 0.5}
     )  # null: data.held_out_fraction
 
     def __post_init__(self) -> None:
+        if self.kind not in SOURCE_KINDS:
+            raise ValueError(f"source {self.name!r}: kind {self.kind!r} is none of {', '.join(SOURCE_KINDS)}")
         if self.kind == "embedded" and not self.corpus:
             raise ValueError(f"source {self.name!r}: kind embedded needs corpus: the name of an embedded text")
         if self.kind in ("hub", "jsonl", "parquet", "text") and not self.path:
@@ -62,9 +64,10 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        names = [source.name for source in self.sources]
-        for name in names:
-            if not name:
+        seen = set()
+        for source in self.sources:
+            if not source.name:
                 raise ValueError("data.sources: every source needs a name")
-            if names.count(name) > 1:
-                raise ValueError(f"data.sources: the name {name!r} is used twice; give every source its own")
+            if source.name in seen:
+                raise ValueError(f"data.sources: the name {source.name!r} is used twice; give every source its own")
+            seen.add(source.name)

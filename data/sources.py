@@ -20,7 +20,7 @@ from pathlib import Path
 from data import corpora
 from data.chat import Message, to_messages
 from data.config import SOURCE_KINDS, DataConfig, SourceConfig
-from data.words import listed, one_line, short
+from data.words import listed, one_line, short, short_name
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _documents(source: SourceConfig) -> Iterator[Document | Skipped]:
         yield from (Document(*document) for document in corpora.documents(source.corpus))
     elif source.kind == "text":
         for file in files(source):
-            text = _decode(_read_bytes(file, source), str(file))
+            text = _decode(_read_bytes(file, source), short_name(file))
             yield Document(text, split_key=text)
     else:
         for record, where in _records(source):
@@ -180,7 +180,7 @@ def _read_jsonl(source: SourceConfig) -> Iterator[tuple[dict, str]]:
     for file in files(source):
         with _open(file, source) as lines:
             for number, line in enumerate(lines, 1):
-                where = f"{file}:{number}"
+                where = f"{short_name(file)}:{number}"
                 text = _decode(line, where)
                 if not text.strip():
                     continue
@@ -217,9 +217,9 @@ def _read_parquet(source: SourceConfig) -> Iterator[tuple[dict, str]]:
                 for batch in file.iter_batches(batch_size=1000):
                     for record in batch.to_pylist():
                         number += 1
-                        yield record, f"{path}, row {number}"
+                        yield record, f"{short_name(path)}, row {number}"
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not readable as Parquet: {one_line(error)}; write it anew") from None
+            raise ValueError(f"{short_name(path)}: not readable as Parquet: {one_line(error)}; write it anew") from None
 
 
 def _read_hub(source: SourceConfig) -> Iterator[tuple[dict, str]]:
@@ -272,7 +272,9 @@ def _read_bytes(file: Path, source: SourceConfig) -> bytes:
 
 
 def _unreadable(file: Path, source: SourceConfig, error: OSError) -> ValueError:
-    return ValueError(f"source {source.name!r}: cannot read {file} ({error.strerror}); check path and permissions")
+    return ValueError(
+        f"source {source.name!r}: cannot read {short_name(file)} ({error.strerror}); check path and permissions"
+    )
 
 
 def _decode(raw: bytes, where: str) -> str:

@@ -14,8 +14,9 @@ def short(value: object) -> str:
 
 
 def short_name(name: object) -> str:
-    """A file's name or path as it is; only one of over 400 characters loses its middle."""
+    """A file's name or path as it is; line breaks and the like escaped, and one of over 400 characters without its middle."""
     text = str(name)
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 400 else f"{text[:100]}...{text[-100:]}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 
 ROPE_SCALING_KEYS = (
@@ -16,30 +15,36 @@ ROPE_SCALING_KEYS = (
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """An int or float, finite and fit for float arithmetic (10**400 is an int, and no float)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _at_least(low: float) -> dict:
     return {"min": low}
 
 
+def _between(low: int, high: int) -> dict:
+    """`high` lies far above any model that fits a machine: a slip of the hand ends in a sentence, not in a full memory."""
+    return {"min": low, "max": high}
+
+
 @dataclass
 class ModelConfig:
     """Shape and behaviour of a decoder. Raises ValueError, naming key, value and remedy, if it cannot be built."""
 
-    vocab_size: int = field(default=6400, metadata=_at_least(8))
-    hidden_size: int = field(default=512, metadata=_at_least(1))
+    vocab_size: int = field(default=6400, metadata=_between(8, 2**22))
+    hidden_size: int = field(default=512, metadata=_between(1, 2**17))
     intermediate_size: int | None = field(
-        default=None, metadata=_at_least(1)
+        default=None, metadata=_between(1, 2**20)
     )  # dense FFN; null: 8/3 hidden_size rounded up to 64
     moe_intermediate_size: int | None = field(
-        default=None, metadata=_at_least(1)
+        default=None, metadata=_between(1, 2**20)
     )  # one expert; null: intermediate_size
-    num_hidden_layers: int = field(default=8, metadata=_at_least(1))
-    num_attention_heads: int = field(default=8, metadata=_at_least(1))
-    num_key_value_heads: int | None = field(default=None, metadata=_at_least(1))  # null: num_attention_heads
-    head_dim: int | None = field(default=None, metadata=_at_least(2))  # null: hidden_size / num_attention_heads
-    max_position_embeddings: int = field(default=512, metadata=_at_least(2))  # longest context, tokens
+    num_hidden_layers: int = field(default=8, metadata=_between(1, 1024))
+    num_attention_heads: int = field(default=8, metadata=_between(1, 4096))
+    num_key_value_heads: int | None = field(default=None, metadata=_between(1, 4096))  # null: num_attention_heads
+    head_dim: int | None = field(default=None, metadata=_between(2, 2**17))  # null: hidden_size / num_attention_heads
+    max_position_embeddings: int = field(default=512, metadata=_between(2, 2**24))  # longest context, tokens
     rope_theta: float = field(default=10000.0, metadata={"min": 0.0, "exclusive": True})
     rope_scaling: dict | None = None  # YaRN: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 512}
     rms_norm_eps: float = field(default=1e-6, metadata={"min": 0.0, "exclusive": True})
@@ -53,11 +58,13 @@ class ModelConfig:
     )  # on embeddings, attention weights and both residual branches
     initializer_range: float = field(default=0.02, metadata={"min": 0.0, "exclusive": True})
 
-    n_routed_experts: int = field(default=4, metadata=_at_least(0))  # 0: a dense model
-    n_shared_experts: int = field(default=1, metadata=_at_least(0))  # always-on experts, one FFN of this many widths
+    n_routed_experts: int = field(default=4, metadata=_between(0, 2**14))  # 0: a dense model
+    n_shared_experts: int = field(
+        default=1, metadata=_between(0, 1024)
+    )  # always-on experts, one FFN of this many widths
     shared_expert_gate: bool = False  # the shared output times sigmoid of a linear map of the token, as in Qwen2-MoE
-    num_experts_per_tok: int = field(default=2, metadata=_at_least(1))
-    first_k_dense_replace: int = field(default=0, metadata=_at_least(0))  # the first so many layers are dense
+    num_experts_per_tok: int = field(default=2, metadata=_between(1, 2**14))
+    first_k_dense_replace: int = field(default=0, metadata=_between(0, 1024))  # the first so many layers are dense
     mlp_only_layers: list[int] = field(default_factory=list)  # further layers that are dense, by index from 0
     scoring_func: str = field(default="softmax", metadata={"choices": ("softmax", "sigmoid")})
     norm_topk_prob: bool = True  # the k weights of a token sum to routed_scaling_factor
@@ -105,7 +112,7 @@ class ModelConfig:
                     f"{f.name}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {low:g}"
                 )
             if high is not None and value > high:
-                raise ValueError(f"{f.name}: {value!r} must be at most {high:g}")
+                raise ValueError(f"{f.name}: {value!r} must be at most {high:,}")
 
     def _check_attention(self) -> None:
         if self.head_dim % 2:
@@ -119,25 +126,27 @@ class ModelConfig:
             return
         for key in self.rope_scaling:
             if key not in ROPE_SCALING_KEYS:
-                raise ValueError(f"rope_scaling: unknown key {key!r}; valid keys: {', '.join(ROPE_SCALING_KEYS)}")
+                raise ValueError(f"rope_scaling: unknown key {key!r:.60}; valid keys: {', '.join(ROPE_SCALING_KEYS)}")
         if self.rope_scaling.get("rope_type") != "yarn":
             raise ValueError(
-                f"rope_scaling: rope_type {self.rope_scaling.get('rope_type')!r} must be yarn, or rope_scaling null"
+                f"rope_scaling: rope_type {self.rope_scaling.get('rope_type')!r:.60} must be yarn, or rope_scaling null"
             )
         for key in ("factor", "original_max_position_embeddings"):
             value = self.rope_scaling.get(key)
             if not _is_number(value) or value < 1:
-                raise ValueError(f"rope_scaling: {key}: {value!r} must be a number of at least 1")
+                raise ValueError(f"rope_scaling: {key}: {value!r:.60} must be a number of at least 1")
         for key in ("beta_fast", "beta_slow", "attention_factor"):
             value = self.rope_scaling.get(key)
             if value is not None and not (_is_number(value) and value > 0):
-                raise ValueError(f"rope_scaling: {key}: {value!r} must be a number above 0, or left out")
+                raise ValueError(f"rope_scaling: {key}: {value!r:.60} must be a number above 0, or left out")
 
     def _check_experts(self) -> None:
+        if len(set(self.mlp_only_layers)) < len(self.mlp_only_layers):
+            raise ValueError("mlp_only_layers: a layer is named twice; name each one once")
         for layer in self.mlp_only_layers:
             if not 0 <= layer < self.num_hidden_layers:
                 raise ValueError(
-                    f"mlp_only_layers: layer {layer} is outside 0 to {self.num_hidden_layers - 1}, the layers there are"
+                    f"mlp_only_layers: layer {layer!r:.60} is outside 0 to {self.num_hidden_layers - 1}, the layers there are"
                 )
         if self.n_routed_experts == 0:
             return

@@ -51,6 +51,14 @@ class World:
         self.doing = doing
         self.beats += 1
 
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the GPU, or of the machine, and how many processes share them."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory, 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), here
+
     def tell(self, word: str) -> None:
         """Leaves a word for the other ranks, which see it with `told`."""
         if self.store is not None:

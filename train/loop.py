@@ -29,7 +29,7 @@ from train.distributed import World
 from train.guard import LateReading, StepGuard, StopSignals
 from train.metrics import Reporter
 from train.optim import build_optimizer, set_learning_rate
-from train.plan import check_settings, make_plan
+from train.plan import check_memory, check_settings, make_plan
 from train.precision import autocast_for, compute_dtype, resolve_precision
 from train.progress import Clock, Progress, TrainingState
 from train.runs import RunFolder
@@ -53,6 +53,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
     tokenizer = Tokenizer.load(config.tokenizer.path)
     describe.check_vocabulary(config, tokenizer)
     check_settings(config, world.size, tokenizer)
+    check_memory(config.model, *world.memory)
     folder.check_tokenizer(tokenizer)
     world.on_main(lambda: prepare(config.data, tokenizer))
     prepared = open_prepared(config.data, tokenizer)

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 
 from data.tokenizer import Tokenizer
+from model import ModelConfig
+from model.flops import total_count
 from train import checkpoint
-from train.config import RunConfig
+from train.config import MOST_STEPS, RunConfig
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def make_plan(config: RunConfig, rows_per_epoch: int, ranks: int) -> Plan:
     """The run's arithmetic. ValueError as `rows_of_step`."""
     train, rows = config.train, rows_of_step(config, ranks)
     steps = train.steps if train.steps is not None else math.ceil(train.epochs * rows_per_epoch / rows)
+    if steps > MOST_STEPS:
+        raise ValueError(f"train.epochs: {train.epochs:g} makes {steps:,} steps; at most {MOST_STEPS:,} are taken")
     return Plan(config.context_length, rows, train.micro_batch_size, rows // (train.micro_batch_size * ranks), steps)
 
 
@@ -85,3 +89,18 @@ def check_settings(config: RunConfig, ranks: int, tokenizer: Tokenizer) -> None:
                 f"tokenizer.path: {config.tokenizer.path!r} is another tokenizer than the one {config.train.init_from} was trained "
                 f"with; use {own}"
             )
+
+
+BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
+
+
+def check_memory(config: ModelConfig, available: int, processes: int) -> None:
+    """ValueError if `processes` models of this config, with what AdamW keeps of them, exceed the `available` bytes of the
+    machine or GPU: building one would end in the system's own way, with SIGKILL."""
+    count = total_count(config).total
+    needed = count * BYTES_PER_PARAMETER * processes
+    if needed > available:
+        raise ValueError(
+            f"model: {count:,} parameters in {processes} process(es) need {needed / 2**30:,.1f} GiB for weights, gradients and moments, and "
+            f"there are {available / 2**30:,.1f} GiB; make the model smaller (python -m scripts.inspect_model shows what it needs)"
+        )

@@ -67,7 +67,12 @@ class RunFolder:
                     f"{self.path / name}: is a link, and training would write where it leads; put the file itself there "
                     "(the run folder as a whole may be a link)"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"runs_dir: cannot make the folder {self.path} ({error.strerror}); choose another"
+            ) from None
         self._lock = open(self.path / ".lock", "a+")  # held as long as this process lives
         self._take_lock()
         self._lock.truncate(0)

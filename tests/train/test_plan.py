@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model import ModelConfig
+from model.flops import total_count
 from train.config import RunConfig, TrainConfig
-from train.plan import make_plan
+from train.plan import check_memory, make_plan
 
 
 def config_of(T: int, tokens: int, micro_batch: int, **train) -> RunConfig:
@@ -75,3 +77,19 @@ def test_a_batch_that_does_not_divide_says_what_would(T, tokens, micro_batch, ra
 @pytest.mark.parametrize("epochs, steps", [(1.0, 13), (0.01, 1), (2.5, 32), (4.0, 50)])
 def test_epochs_are_rounded_up_to_steps(epochs, steps):
     assert make_plan(config_of(8, 64, 2, steps=None, epochs=epochs), rows_per_epoch=100, ranks=2).steps == steps
+
+
+def test_more_steps_than_a_table_should_hold_are_refused():
+    config = config_of(512, 512, 1, steps=None, epochs=1e5)
+    with pytest.raises(ValueError, match=r"train.epochs: 100000 makes 100,000,000 steps; at most 10,000,000"):
+        make_plan(config, rows_per_epoch=1000, ranks=1)
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_built():
+    config = ModelConfig(vocab_size=2**20, hidden_size=2**14, num_attention_heads=64)
+    needed = 16 * total_count(config).total
+    check_memory(config, needed, 1)
+    with pytest.raises(
+        ValueError, match=r"model: .* parameters in 2 process\(es\) need .* GiB .*make the model smaller"
+    ):
+        check_memory(config, needed, 2)
