@@ -200,9 +200,10 @@ class HeldOutRows:
     skipped: dict[str, int]
     subset: Callable[[int], HeldOutRows]
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows, `batch_size` at a time; keys as in TrainRows.batch, attention_mask wherever there is padding."""
-        for start in range(0, len(self.rows), batch_size):
+    def batches(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[dict[str, torch.Tensor]]:
+        """All rows, `batch_size` at a time; keys as in TrainRows.batch, attention_mask wherever there is padding. With several
+        ranks every `ranks`-th batch, from number `rank` on."""
+        for start in range(rank * batch_size, len(self.rows), ranks * batch_size):
             yield _stack([self.rows[i] for i in range(start, min(start + batch_size, len(self.rows)))])
 
 

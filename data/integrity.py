@@ -6,24 +6,23 @@ A folder's SHA256SUMS has the format of coreutils: `sha256sum -c SHA256SUMS` ins
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
+PIECE = 2**24  # bytes hashed at a time: other threads run meanwhile
 LARGEST_SUMS = 2**20  # bytes; a source of a thousand shards has a tenth
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                digest.update(content)  # in one call, which other threads need not wait for
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with open(path, "rb", buffering=0) as file:  # not mapped: a disk that fails is then an OSError, and no SIGBUS
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
     return digest.hexdigest()
 
 
@@ -39,8 +38,10 @@ def read_checksums(folder: Path) -> dict[str, str]:
     """{file name: SHA-256 (hex)} as written. ValueError if there are none, or they are no checksums."""
     path = folder / SUMS
     try:
+        if not path.exists():
+            raise ValueError(f"{path}: missing; if these files can be trusted, sha256sum * > SHA256SUMS makes it anew")
         if not path.is_file() or path.stat().st_size > LARGEST_SUMS:  # a pipe would be waited for
-            raise ValueError(f"{path}: missing, or no list of checksums")
+            raise ValueError(f"{path}: damaged, it is no list of checksums")
         *lines, rest = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

@@ -178,8 +178,11 @@ def prune(run_dir: Path, keep: int, keep_every: int = 0) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Removes what an interrupted save or removal left behind."""
-    for leftover in [*run_dir.glob(".*.partial"), *(run_dir / "checkpoints").glob(".*partial*")]:
-        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+    for leftover in (run_dir / "checkpoints").glob(".*partial*"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:

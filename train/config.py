@@ -85,7 +85,7 @@ class TrainConfig:
     keep_every: int = field(default=0, metadata=NOT_NEGATIVE)  # and those of every so many steps for ever; 0: none
     async_checkpoint: bool = True  # written beside the training, from a copy in memory; false: training waits, no copy
     stall_timeout: float = field(
-        default=600.0, metadata=NOT_NEGATIVE
+        default=600.0, metadata={"min": 0.0, "max": 1e6}
     )  # seconds without a sign of life after which a process says so and ends; 0: never
     log_every: int = field(default=10, metadata=AT_LEAST_ONE)  # steps between rows of metrics.jsonl
 

@@ -12,7 +12,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,9 +22,11 @@ from torch import Tensor
 from train.cli import USER_ERROR, Unfinished
 from train.config import TrainConfig
 from train.memory import keep_freed_memory
+from train.pulse import PERIOD, Pulses
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # from the first process at the start to the last
+MAIN_PATIENCE = 60  # seconds that the others wait for a silent rank 0
 WAITING = "waiting for the other ranks"
 
 
@@ -37,8 +39,9 @@ class World:
     device: torch.device = torch.device("cpu")
     threads: int = 1  # CPU threads of this process
     store: dist.Store | None = None  # the key-value store of torchrun's rendezvous, for these processes alone
+    pulses: Pulses | None = None  # signs of life of these processes
     doing: str = "starting"  # what this process is at, for whoever asks why nothing moves
-    beats: int = 0  # how often it has moved on
+    beats: int = 0  # how often it has moved on; equal ones on all ranks where each waits for the others
     _calls: Iterator[int] = field(default_factory=itertools.count)
     _looked: float = 0.0
 
@@ -46,10 +49,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def beat(self, doing: str) -> None:
-        """Notes what comes next: the sign of life that `train.watchdog` looks for."""
+    @property
+    def place(self) -> str:
+        return f"{self.beats} {self.doing}"
+
+    def beat(self, doing: str, beats: int | None = None) -> None:
+        """Notes what comes next: the sign of life that `train.watchdog` looks for. `beats` sets their number anew."""
         self.doing = doing
-        self.beats += 1
+        self.beats = self.beats + 1 if beats is None else beats
 
     @property
     def memory(self) -> tuple[int, int]:
@@ -79,6 +86,13 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def from_main(self, values: Sequence[float]) -> list[float]:
+        """Rank 0's numbers, on every rank."""
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.broadcast(numbers, src=0)
+        return numbers.tolist()
+
     def on_main(self, action: Callable[[], object]) -> None:
         """Runs `action` on rank 0 while the others wait, for hours if need be. If it fails, they leave too: rank 0 says why."""
         if self.size == 1:
@@ -93,10 +107,13 @@ class World:
                 raise
             self.store.set(key, "done")
             return
-        pause = 0.001  # asking, because a wait that times out writes a warning each time
-        while not self.store.check([key]):
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
+        while not self.store.check([key]):  # asking, because a wait that times out writes a warning each time
+            if self.pulses.silence(0) > MAIN_PATIENCE:
+                raise Unfinished(
+                    f"rank {self.rank} of {self.size}, {self.doing}: rank 0 has said nothing for {MAIN_PATIENCE} s; the same command goes on "
+                    "from the newest checkpoint"
+                )
+            time.sleep(0.02)
         if self.store.get(key) == b"failed":
             sys.exit(USER_ERROR)
 
@@ -128,6 +145,10 @@ def joined(config: TrainConfig) -> Iterator[World]:
         _join(world, config)
         yield world
     except (RuntimeError, MemoryError) as error:
+        if _is_out_of_memory(error) and world.doing.endswith("saving"):
+            raise ValueError(
+                f"train.async_checkpoint: no memory is left for the copy of weights and moments ({world.doing}); set it to false"
+            ) from None
         if _is_out_of_memory(error):
             raise ValueError(
                 f"train.micro_batch_size: {config.micro_batch_size} rows at once need more memory than there is (rank {world.rank}, "
@@ -169,6 +190,8 @@ def _join(world: World, config: TrainConfig) -> None:
         _end_with_parent()
     store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     world.store = dist.PrefixStore(_roll_call(store, world.rank, world.size), store)
+    period = config.stall_timeout / 10 if config.stall_timeout else PERIOD
+    world.pulses = Pulses(world.store, world.rank, world.size, period, lambda: world.place)
     # The watchdog ends what stands still long before a collective gives up by itself.
     patience = datetime.timedelta(seconds=max(2 * config.stall_timeout, 60) if config.stall_timeout else 6 * 3600)
     dist.init_process_group(
@@ -213,6 +236,8 @@ def _roll_call(store: dist.Store, rank: int, size: int) -> str:
 
 def _leave(world: World) -> None:
     """Leaves the process group. The last collective's tensors are dropped by gloo's threads, which need Python for it."""
+    if world.pulses is not None:
+        world.pulses.close()
     if world.size > 1 and dist.is_initialized():
         _see_others_off(world)
         time.sleep(0.2)  # a thread that has not had its turn when Python ends aborts the process (1 run in 20)

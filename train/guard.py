@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ class StepGuard:
 
 
 class LateReading:
-    """Values of the device, read by the host a step later: `push` never waits, `pop` waits for the step before at most."""
+    """Values of the device, read by the host a step later: both wait for the step before at most, never for the one under way."""
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
@@ -107,14 +107,22 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received, self._since = 0, 0.0
-        self._woken, end = os.pipe()
-        os.set_blocking(self._woken, False)
-        os.set_blocking(end, False)
-        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-        self._heard = False
+        self.heard = False  # the same for other threads, which hear it even while the main thread is in a call of C++
+        woken, self._end = os.pipe()
+        os.set_blocking(self._end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._end, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(woken,), name="signals", daemon=True).start()
+        self._handlers_before = {}
         for number in self.NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._on_signal)
+                self._handlers_before[number] = signal.signal(number, self._on_signal)
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._end)
 
     def _on_signal(self, number: int, frame: object) -> None:
         now = time.monotonic()
@@ -124,8 +132,16 @@ class StopSignals:
         if not self.received:
             self.received, self._since = number, now
 
-    def heard(self) -> bool:
-        """For other threads: whether a signal has come, even if the main thread is in a call that never returns to Python."""
-        with contextlib.suppress(BlockingIOError):
-            self._heard = bool(set(os.read(self._woken, 1024)) & set(self.NUMBERS)) or self._heard
-        return self._heard
+    def _listen(self, woken: int) -> None:
+        """Ends the process at a second signal where the main thread cannot: waiting for a lost process, it hears none."""
+        first = None
+        with open(woken, "rb", buffering=0) as pipe:
+            while numbers := pipe.read(1):
+                now, number = time.monotonic(), numbers[0]
+                if number not in self.NUMBERS:
+                    continue
+                self.heard = True
+                first = now if first is None else first
+                if now - first >= self.GRACE_SECONDS:
+                    time.sleep(0.5)  # the main thread's own way, if it can
+                    os._exit(128 + number)

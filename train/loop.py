@@ -34,7 +34,7 @@ from train.precision import autocast_for, compute_dtype, resolve_precision
 from train.progress import Clock, Progress, TrainingState
 from train.runs import RunFolder
 from train.schedule import learning_rate_table
-from train.step import StepVerdict, announce, train_step
+from train.step import StepVerdict, announce, settle_buckets, train_step
 from train.validate import held_out_row, loss_that_decides, samples
 from train.watchdog import Watchdog
 from train.writer import CheckpointWriter
@@ -42,11 +42,15 @@ from train.writer import CheckpointWriter
 
 def train(config: RunConfig) -> int:
     """Runs or resumes the run that `config` describes. Returns the exit code: 0 when finished, 128 + signal when stopped."""
-    with distributed.joined(config.train) as world, contextlib.closing(RunFolder(config)) as folder:
-        return _train(config, world, folder)
+    with (
+        distributed.joined(config.train) as world,
+        contextlib.closing(RunFolder(config)) as folder,
+        contextlib.ExitStack() as at_the_end,
+    ):
+        return _train(config, world, folder, at_the_end)
 
 
-def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
+def _train(config: RunConfig, world: World, folder: RunFolder, at_the_end: contextlib.ExitStack) -> int:
     torch.use_deterministic_algorithms(config.train.deterministic)
 
     # Data, and what it means for the batch.
@@ -59,7 +63,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
     prepared = open_prepared(config.data, tokenizer)
     if config.data.verify:
         world.on_main(prepared.verify)
-    signals = StopSignals()
+    data_digests = prepared.content_digests()
+    signals = at_the_end.enter_context(contextlib.closing(StopSignals()))  # from here on; before, nothing is lost
     masked = config.data.document_mask or config.data.format == "chat"
     rows = prepared.train_rows(config.context_length, masked, config.seed)
     plan = make_plan(config, rows.rows_per_epoch, world.size)
@@ -76,14 +81,15 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
     resolved_backend = resolve_backend(config.model.expert_backend, world.device, compute_dtype(precision))
     config = folder.settle_config(config, newest, resolved_backend)
     if state is not None:
-        folder.check_data(state, prepared)
+        folder.check_data(state, data_digests)
     world.agree(
-        zlib.crc32(to_yaml(config).encode()),
-        f"{config.run_dir}: the processes were started with different configs; give every machine the same file and overrides",
+        zlib.crc32(f"{to_yaml(config)}{data_digests}".encode()),
+        f"{config.run_dir}: the processes were started with different configs or data; give every machine the same",
     )
     world.on_main(lambda: folder.write(config, tokenizer))
 
-    if newest is not None and folder.is_finished(newest, plan.steps, prepared):
+    finished = world.is_main and newest is not None and folder.is_finished(newest, plan.steps, prepared)
+    if world.from_main([finished]) == [1.0]:
         if world.is_main:
             print(f"{folder.path}: already finished, {plan.steps} steps; nothing to do (a larger train.steps goes on)")
         return 0
@@ -106,8 +112,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
         checkpoint.load_optimizer(optimizer, model, newest)
         guard.load_state(state.guard)
         progress = state.progress
-        if checkpoint.pointed(folder.path, "best") is None:  # lost: the next evaluation chooses anew
-            progress.best_loss = progress.best_step = None
+        step, loss = world.from_main(folder.best_so_far(progress, config))
+        progress.best_step, progress.best_loss = (None, None) if math.isnan(loss) else (int(step), loss)
     compiled = _compile(model, config, world, precision)
     parallel = _parallel(model, world)
     autocast = autocast_for(precision, world.device)
@@ -125,6 +131,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
                 f"saved by {state.ranks} process(es), resumed by {world.size}: equal to float tolerance, not bit for bit"
             )
         model.train()
+        if world.size > 1:
+            settle_buckets(parallel, rows, plan, world, autocast)
         readings, clock = LateReading(), Clock(world.device, progress.train_seconds, progress.tokens)
         started_at, saved_step = progress.step, progress.step if state is not None else None
         stopping = failed = False
@@ -150,8 +158,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
                 return
             world.beat(f"step {progress.step}: saving")
             progress.train_seconds = clock.seconds()
-            data = prepared.content_digests()
-            now = TrainingState(progress.step, world.size, progress, guard.state(), data, tokenizer.fingerprint)
+            now = TrainingState(progress.step, world.size, progress, guard.state(), data_digests, tokenizer.fingerprint)
             world.on_main(lambda: writer.save(progress.step, model, optimizer, dataclasses.asdict(now)))
             saved_step = progress.step
 
@@ -162,7 +169,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
             if broken_off:
                 stopping = True
                 return
-            if world.is_main:
+            if world.is_main and not signals.received:
                 try:
                     for prompt, text in samples(model, tokenizer, config, autocast):
                         reporter.sample(progress.step, prompt, text)
@@ -170,8 +177,6 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
                     reporter.say(f"no samples at step {progress.step}: {error}")
             if row is None:
                 return
-            reporter.log(row)
-            reporter.say(describe.held_out_text(row))
             loss = loss_that_decides(row, config)
             if math.isfinite(loss) and (
                 progress.best_loss is None or loss <= progress.best_loss
@@ -179,6 +184,10 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
                 progress.best_loss, progress.best_step = loss, progress.step
                 save()  # a best step is worth a checkpoint of its own
                 world.on_main(lambda: writer.point_best(progress.step))
+            if finished:
+                world.on_main(writer.wait)  # the last row says that all is done: `best` must be right before
+            reporter.log(row)
+            reporter.say(describe.held_out_text(row))
 
         while True:
             finished = progress.step >= plan.steps
@@ -225,6 +234,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder) -> int:
             else f"finished: {plan.steps} steps, {progress.tokens:,} tokens, {clock.seconds():.0f} s of training, best at step "
             f"{progress.best_step}; run folder {folder.path}"
         )
+        world.on_main(reporter.close)  # wandb may take a while; who leaves earlier makes torchrun hurry the others
     return 128 + (signals.received or signal.SIGTERM) if stopping else 0
 
 

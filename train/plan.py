@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from data.chat import encode_prompt
 from data.tokenizer import Tokenizer
 from model import ModelConfig
 from model.flops import total_count
@@ -70,14 +71,13 @@ def check_settings(config: RunConfig, ranks: int, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"eval.best_source: {config.eval.best_source!r} is no source of this config; use one of {', '.join(names)}"
         )
+    chat = config.data.format == "chat"
     for i, prompt in enumerate(config.eval.prompts):
-        length, room = (
-            len(tokenizer.encode(prompt)),
-            config.model.max_position_embeddings - 16,
-        )  # the chat's own tokens, an answer
-        if length > room:
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+        room = config.model.max_position_embeddings - 8  # BOS, and a few words of an answer
+        if len(ids) > room:
             raise ValueError(
-                f"eval.prompts[{i}]: {length} tokens leave no room in a context of {room + 16}; shorten it"
+                f"eval.prompts[{i}]: {len(ids)} tokens leave no room in a context of {room + 8}; shorten it"
             )
     if config.train.init_from is not None and not checkpoint.complete_checkpoints(config.run_dir):
         origin = checkpoint.find_checkpoint(config.train.init_from)

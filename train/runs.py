@@ -5,10 +5,12 @@ runs/NAME/config.yaml  tokenizer/  run.json  metrics.jsonl  samples.jsonl  log.t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import fcntl
 import json
+import math
 import os
 import platform
 import time
@@ -25,7 +27,8 @@ from train.config import RunConfig, to_dict, to_yaml
 from train.distributed import World
 from train.files import replace_file
 from train.metrics import append_text, read_rows
-from train.progress import TrainingState
+from train.progress import Progress, TrainingState
+from train.validate import loss_that_decides
 
 # What may change when a run goes on: how it is executed and watched, not what it computes.
 FREE_SECTIONS = ("eval", "wandb")
@@ -80,6 +83,9 @@ class RunFolder:
         self._lock.flush()
         self.check_tokenizer(tokenizer)
         checkpoint.sweep(self.path)
+        for name in ("config.yaml", "run.json"):
+            for leftover in self.path.glob(f".{name}.*.partial"):
+                leftover.unlink(missing_ok=True)
         newest, notes = checkpoint.newest_intact(self.path)
         if newest is not None:
             self._mend_best(newest)
@@ -161,9 +167,26 @@ class RunFolder:
             config.model.expert_backend = saved.model.expert_backend
         return config
 
-    def check_data(self, state: TrainingState, prepared: Prepared) -> None:
+    def best_so_far(self, progress: Progress, config: RunConfig) -> tuple[float, float]:
+        """Step and held-out loss of the checkpoint that `best` names; (-1, NaN) if it names none, or none whose loss is known.
+
+        A checkpoint is saved before its own evaluation, so the newest one may not know yet that it is the best.
+        """
+        best = checkpoint.pointed(self.path, "best")
+        if best is None:
+            return -1.0, math.nan
+        step = int(best.name.removeprefix("step-"))
+        if step == progress.best_step and progress.best_loss is not None:
+            return step, progress.best_loss
+        for row in reversed(read_rows(self.path / "metrics.jsonl")):
+            if row.get("kind") == "held_out" and row.get("step") == step:
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # a row that someone else wrote
+                    return step, float(loss_that_decides(row, config))
+        return -1.0, math.nan
+
+    def check_data(self, state: TrainingState, digests: dict[str, str]) -> None:
         """ValueError, naming the source, if the shards hold other tokens than those the run was trained on."""
-        for name, digest in prepared.content_digests().items():
+        for name, digest in digests.items():
             before = state.data.get(name)
             if before != digest:
                 raise ValueError(

@@ -87,7 +87,7 @@ class StepSums:
 def announce(rows: TrainRows, plan: Plan, world: World, step: int, stop: bool, failed: bool) -> Announcement:
     """Reads this rank's rows of a step: [step * rows_per_step, (step + 1) * rows_per_step) of the endless order, micro-batch g of
     all at `g % ranks == rank`; and sums over ranks what must be known before. `stop`, `failed`: what this rank has to say."""
-    world.beat(f"step {step + 1}: reading rows")
+    world.beat(f"step {step + 1}: reading rows", beats=(step + 1) * 1_000_000)
     positions = [step * plan.rows_per_step + g * plan.micro_batch_size for g in global_micro_batches(plan, world)]
     batches = [rows.batch(position, plan.micro_batch_size) for position in positions]
     here = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
@@ -150,6 +150,20 @@ def train_step(
     if tokens_per_expert is not None:
         model.update_router_bias(tokens_per_expert, accepted)
     return StepSums(nats, announced, aux_loss, norm, accepted, micro_losses, routing_sums, tokens_per_expert)
+
+
+def settle_buckets(parallel: nn.Module, rows: TrainRows, plan: Plan, world: World, autocast: Autocast) -> None:
+    """One forward and backward pass whose gradients are thrown away.
+
+    DDP lays its buckets out anew after the first one, and gradients are then added in another order: with three ranks or more
+    the first step after a resume would differ in its last bits from the same step of a run that was not interrupted.
+    """
+    world.beat("trying a step")
+    batch = {key: _without_waiting(value, world.device) for key, value in rows.batch(0, plan.micro_batch_size).items()}
+    with autocast():
+        out = parallel(**batch, return_logits=False)
+    (out.loss + out.aux_loss).backward()
+    parallel.zero_grad(set_to_none=True)
 
 
 def rows_digest(input_ids: Tensor, position: int) -> int:

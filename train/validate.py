@@ -57,12 +57,14 @@ def held_out_loss(
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)
     targets = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in batches:
-        with autocast():
-            out = model(**{key: value.to(device) for key, value in batch.items()}, return_logits=False)
-        nats += out.loss.double() * out.n_targets
-        targets += out.n_targets
-    model.train(was_training)
+    try:
+        for batch in batches:
+            with autocast():
+                out = model(**{key: value.to(device) for key, value in batch.items()}, return_logits=False)
+            nats += out.loss.double() * out.n_targets
+            targets += out.n_targets
+    finally:
+        model.train(was_training)
     return HeldOutLoss(nats.item(), int(targets.item()))
 
 
@@ -81,14 +83,13 @@ def held_out_row(
     sources, losses = {}, {}
 
     def own_batches(held: HeldOutRows, name: str) -> Iterator[dict[str, Tensor]]:
-        for i, batch in enumerate(held.batches(config.eval.batch_size)):
+        for batch in held.batches(config.eval.batch_size, world.rank, world.size):
             if signals.received:
                 world.tell("stop")
             if signals.received or world.told("stop"):
                 return
-            if i % world.size == world.rank:
-                world.beat(f"step {progress.step}: held-out loss of {name}")
-                yield batch
+            world.beat(f"step {progress.step}: held-out loss of {name}")
+            yield batch
 
     for name in prepared.names:
         held = prepared.held_out(name, config.context_length, masked)
@@ -141,10 +142,12 @@ def samples(
         for prompt in config.eval.prompts
     ]
     model.eval()
-    with autocast(), torch.compiler.set_stance("force_eager"):
-        answers = generate(
-            model, prompts, max_new_tokens=config.eval.sample_tokens, temperature=0.0 if chat else 0.7, top_p=0.9,
-            stop_ids=(tokenizer.eos_id, tokenizer.im_end_id), seed=config.seed,
-        )  # fmt: skip
-    model.train()
+    try:
+        with autocast(), torch.compiler.set_stance("force_eager"):
+            answers = generate(
+                model, prompts, max_new_tokens=config.eval.sample_tokens, temperature=0.0 if chat else 0.7, top_p=0.9,
+                stop_ids=(tokenizer.eos_id, tokenizer.im_end_id), seed=config.seed,
+            )  # fmt: skip
+    finally:
+        model.train()
     return [(prompt, tokenizer.decode(answer)) for prompt, answer in zip(config.eval.prompts, answers, strict=True)]
