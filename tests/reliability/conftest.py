@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,6 +50,40 @@ def whole_sft(workplace, whole) -> Path:
     return workplace / "runs/sft"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_can_be_heard():
+    """Processes inherit what their parent ignores, and a shell's background job ignores SIGINT: the tests send it."""
+
+    def do_nothing(number: int, frame: object) -> None: ...
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    ignored = [number for number, handler in before.items() if handler == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, do_nothing)  # which a process started from here does not inherit
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+SLOW_DISK = r"""
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fsync(int fd) { usleep(1000 * atoi(getenv("FSYNC_MILLISECONDS"))); return syscall(SYS_fsync, fd); }
+"""
+
+
+@pytest.fixture(scope="session")
+def slow_disk(tmp_path_factory) -> Path:
+    """A library that makes each fsync take FSYNC_MILLISECONDS, for a process that has it in LD_PRELOAD."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc, which builds the slow disk of this test")
+    folder = tmp_path_factory.mktemp("slow-disk")
+    (folder / "slow.c").write_text(SLOW_DISK)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "slow.so", folder / "slow.c"], check=True)
+    return folder / "slow.so"
+
+
 @pytest.fixture(autouse=True)
 def nothing_runs_on():
     """A test that fails leaves no process behind."""
@@ -60,12 +95,12 @@ def nothing_runs_on():
             process.communicate()
 
 
-def start(module: str, *arguments: object) -> subprocess.Popen:
-    """`python -m module arguments` from the checkout's root."""
-    return _start([module, *arguments], {})
+def start(module: str, *arguments: object, **variables: object) -> subprocess.Popen:
+    """`python -m module arguments` from the checkout's root, with `variables` in its environment."""
+    return _start([module, *arguments], variables)
 
 
-def start_ranks(size: int, module: str, *arguments: object, **variables: str) -> list[subprocess.Popen]:
+def start_ranks(size: int, module: str, *arguments: object, **variables: object) -> list[subprocess.Popen]:
     """`python -m module arguments` as `size` ranks without a launcher, so that each one's exit code and words are seen.
 
     For a launcher of ours each would be: RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m train.pretrain ...
@@ -83,7 +118,7 @@ def start_ranks(size: int, module: str, *arguments: object, **variables: str) ->
     return [_start([module, *arguments], {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(size)]
 
 
-def start_torchrun(size: int, *options: str, module: str, arguments: tuple, **variables: str) -> subprocess.Popen:
+def start_torchrun(size: int, *options: str, module: str, arguments: tuple, **variables: object) -> subprocess.Popen:
     """torchrun with `options` of its own."""
     launcher = "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *options, "-m"
     return _start([*launcher, module, *arguments], variables)
