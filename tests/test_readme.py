@@ -211,7 +211,7 @@ def compare_with_tree(run: Path) -> None:
     assert found == drawn
     for folder in ("tokenizer", "step-"):
         line = next(line for line in lines if f"── {folder}" in line)
-        inside = set(re.findall(r"\w+\.(?:json|safetensors|yaml)", line))
+        inside = set(re.findall(r"\w+\.(?:json|safetensors|yaml)|SHA256SUMS", line))
         real = next(path for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if path.name.startswith(folder))
         assert {path.name for path in real.iterdir()} == inside
 
