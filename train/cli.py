@@ -13,6 +13,8 @@ UNFINISHED = (
     75  # exit code of a run that cannot go on now, but will when the command is repeated (EX_TEMPFAIL of sysexits.h)
 )
 
+READER_GONE = 141  # 128 + SIGPIPE: the output was piped into something that closed it
+
 
 class Unfinished(Exception):
     """Ends a command with UNFINISHED and its text in one line; whatever was saved before stays."""
@@ -39,6 +41,9 @@ def run(main: Callable[[], int | None]) -> None:
         code = main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(READER_GONE)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {_sentence(error)}\n")  # one write: two ranks' lines must not run into each other
         sys.exit(USER_ERROR)

@@ -33,7 +33,8 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def learning_rate_table(steps: int, config: TrainConfig, device: torch.device) -> Tensor:
-    """(steps,) float32 on the device: the learning rate of each step. There, because only the device knows at once how many
-    steps were taken: a step that the guard refuses does not move the schedule on."""
+    """(steps,) on the device: the learning rate of each step, float64 on a CPU and float32 elsewhere, as fused AdamW takes it.
+    There, because only the device knows at once how many steps were taken: a step that the guard refuses does not move the
+    schedule on."""
     rates = [learning_rate_at(step, steps, config) for step in range(steps)]
-    return torch.tensor(rates, dtype=torch.float32, device=device)
+    return torch.tensor(rates, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)

@@ -99,6 +99,14 @@ def test_a_checkpoint_slower_than_the_patience_after_a_signal_is_still_written(w
     assert checkpoint_step(folder) >= 3
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(workplace):
+    """python -m scripts.inspect_model CONFIG | head -1, with a head that is already gone."""
+    process = start("scripts.inspect_model", workplace / "pretrain.yaml")
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr.read() == ""
+
+
 def test_a_sample_that_fails_leaves_the_model_in_training(workplace):
     config = load_config(workplace / "pretrain.yaml")
     config.eval.prompts = ["class " * 100]

@@ -77,6 +77,6 @@ def test_after_the_warm_up_it_never_rises_never_jumps_and_stays_within_bounds(
 def test_the_devices_table_holds_the_rate_of_every_step(schedule):
     config = TrainConfig(steps=STEPS, learning_rate=3e-4, schedule=schedule, warmup_steps=7, min_learning_rate=0.1)
     table = learning_rate_table(STEPS, config, torch.device("cpu"))
-    assert table.shape == (STEPS,) and table.dtype == torch.float32
-    expected = torch.tensor([learning_rate_at(step, STEPS, config) for step in range(STEPS)], dtype=torch.float32)
+    assert table.shape == (STEPS,) and table.dtype == torch.float64
+    expected = torch.tensor([learning_rate_at(step, STEPS, config) for step in range(STEPS)], dtype=torch.float64)
     assert torch.equal(table, expected)
