@@ -67,11 +67,11 @@ def test_a_second_signal_ends_a_process_that_waits_for_a_stopped_one(workplace):
         2,
         "train.pretrain",
         workplace / "pretrain.yaml",
-        "name=twice-asked",
+        "name=asked-while-waiting",
         "train.steps=5000",
         "train.stall_timeout=0",
     )
-    wait_for_step(3, workplace / "runs/twice-asked", *processes)
+    wait_for_step(3, workplace / "runs/asked-while-waiting", *processes)
     processes[0].send_signal(signal.SIGSTOP)
     time.sleep(1)
     processes[1].send_signal(signal.SIGTERM)
