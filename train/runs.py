@@ -39,7 +39,7 @@ FREE_KEYS = frozenset(
      "train.keep_every", "train.async_checkpoint", "train.stall_timeout", "train.log_every", "train.max_bad_steps",
      "train.init_from")
 )  # fmt: skip
-LOCK_PATIENCE = 15
+LOCK_PATIENCE = 10  # seconds
 FREE_SOURCE_KEYS = (
     "path",
     "data_files",

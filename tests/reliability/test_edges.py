@@ -85,11 +85,11 @@ def test_a_second_signal_ends_a_process_that_waits_for_a_stopped_one(workplace):
 
 @pytest.mark.slow
 def test_a_checkpoint_slower_than_the_patience_after_a_signal_is_still_written(workplace, slow_disk):
-    """Two ranks, both asked to stop, and a disk that takes 29 s for the eight flushes of a save: nobody is lost, so nobody is hurried."""
+    """Two ranks, both asked to stop, and a disk that takes 26 s for the eight flushes of a save: nobody is lost, so nobody is hurried."""
     folder = workplace / "runs/slow-save"
     processes = start_ranks(
         2, "train.pretrain", workplace / "pretrain.yaml", "name=slow-save", "train.steps=5000", "train.checkpoint_every=0",
-        "eval.every=0", LD_PRELOAD=slow_disk, FSYNC_MILLISECONDS=3600,
+        "eval.every=0", LD_PRELOAD=slow_disk, FSYNC_MILLISECONDS=3300,
     )  # fmt: skip
     wait_for_step(3, folder, *processes)
     for process in processes:
