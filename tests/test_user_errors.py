@@ -380,6 +380,7 @@ def test_more_processes_than_rows(workplace, tmp_path):  # noqa: F811
     assert "train/loop.py" not in err and tree(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_into_memory(workplace, tmp_path):  # noqa: F811
     """A real one: this process may have 3 GiB, and one micro-batch of two million tokens needs more."""
     command = [sys.executable, "-m", "train.pretrain", str(workplace / "pretrain.yaml"), f"runs_dir={tmp_path}",

@@ -46,6 +46,7 @@ def test_four_killed_processes_resume_bit_for_bit(workplace):
     assert_equal_runs(workplace / "runs/four", workplace / "runs/four-killed")
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_moved_away_costs_no_work(workplace, tmp_path):
     cache, folder = tmp_path / "cache", workplace / "runs/moved-cache"
     process = start(

@@ -56,6 +56,7 @@ def assert_saved_once(run_dir: Path) -> int:
     return last_step(run_dir)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(workplace, whole):
     config, folder = (workplace / "pretrain.yaml", "name=asked"), workplace / "runs/asked"
     process = start("train.pretrain", *config, "train.checkpoint_every=0")

@@ -27,6 +27,7 @@ def assert_same_training(one: Path, other: Path) -> None:
     assert worst < TOLERANCE, f"losses differ by {worst:.2e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["sequence", pytest.param("batch", marks=pytest.mark.slow)])
 def test_one_process_accumulating_four_equals_two_times_two(workplace, level):
     """micro_batch_size 2 of 8 rows: 1 x 4, then 2 x 2. Dropout and jitter are on: they follow the global micro-batch."""
