@@ -1,8 +1,8 @@
 """The training loop, for pretraining and fine-tuning alike: read `train` from top to bottom.
 
 Order of a step: save? -> evaluate? -> step -> log. Which rows a step takes is a pure function of (seed, step), randomness of
-(seed, step, global micro-batch), the learning rate of the step: so a checkpoint needs weights, moments and a step number,
-and the same command again goes on as if it had never stopped.
+(seed, step, global micro-batch), the learning rate of the number of accepted steps: so a checkpoint needs weights, moments
+and a few counters, and the same command again goes on as if it had never stopped.
 """
 
 from __future__ import annotations

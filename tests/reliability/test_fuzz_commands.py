@@ -39,7 +39,7 @@ WITH_RUN = ("scripts.chat", "scripts.show_rows", "eval.evaluate", "eval.report")
 PATHS = st.sampled_from(
     ["", " ", ".", "..", "/", "-", "--", "~", "{}/folder", "{}/empty", "{}/binary.yaml", "{}/loop", "{}/dangling", "{}/pipe", "{}/socket",
      "{}/pretrain.yaml/",
-     "{}/pretrain.yaml/below", "/dev/null", "/dev/full", "/proc/self/mem", "/proc/self/environ", "/root/../etc/passwd", "n" * 300, "d/" * 2500,
+     "{}/pretrain.yaml/below", "/dev/null", "/dev/full", "/proc/self/mem", "/proc/self/environ", "/usr/../etc/passwd", "n" * 300, "d/" * 2500,
      "a\nb", "a\x1b[2J", "café", "\U0001f600",
      "*.yaml", "[a", "%s%n{0}", "$(touch pwned)", "; touch pwned", "`touch pwned`", "| touch pwned", "file:///etc/passwd",
      "https://example.invalid/x", "\udcff", "a\0b", "\ud800",

@@ -37,18 +37,18 @@ def can_rename_the_machine() -> bool:
 
 @pytest.fixture
 def home(workplace, tmp_path) -> Path:
-    """A home folder with a mark in its name; work/ in it has the tiny run, its paths relative."""
-    work = tmp_path / "MARKERhome/work"
-    work.mkdir(parents=True)
-    shutil.copy(workplace / "text.jsonl", work)
-    shutil.copytree(workplace / "tokenizer", work / "tokenizer")
+    """A home folder with a mark in its name; lab/ in it has the tiny run, its paths relative."""
+    lab = tmp_path / "MARKERhome/lab"
+    lab.mkdir(parents=True)
+    shutil.copy(workplace / "text.jsonl", lab)
+    shutil.copytree(workplace / "tokenizer", lab / "tokenizer")
     config = yaml.safe_load((workplace / "pretrain.yaml").read_text())
     config |= {"runs_dir": "runs", "tokenizer": {"path": "tokenizer"}}
     config["data"] |= {"cache_dir": "cache", "sources": [{"name": "topics", "kind": "jsonl", "path": "text.jsonl"}]}
     config["train"] |= {"steps": 2, "checkpoint_every": 1}
     config["eval"] |= {"every": 1, "max_tokens": 200}
-    (work / "pretrain.yaml").write_text(yaml.safe_dump(config))
-    return work.parent
+    (lab / "pretrain.yaml").write_text(yaml.safe_dump(config))
+    return lab.parent
 
 
 def marked(home: Path) -> dict[str, str]:
@@ -73,12 +73,12 @@ def marked(home: Path) -> dict[str, str]:
 
 
 def command(home: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    """`python arguments` in the home's work folder, on a machine with a marked name where one may be made."""
+    """`python arguments` in the home's lab folder, on a machine with a marked name where one may be made."""
     call = [sys.executable, *map(str, arguments)]
     if can_rename_the_machine():
         call = ["unshare", "--uts", "sh", "-c", 'hostname MARKERhost && exec "$@"', "sh", *call]
     return subprocess.run(
-        call, cwd=home / "work", env={**marked(home), **variables}, capture_output=True, text=True, timeout=300
+        call, cwd=home / "lab", env={**marked(home), **variables}, capture_output=True, text=True, timeout=300
     )
 
 
@@ -125,10 +125,10 @@ MADE = {
 
 def test_a_run_folder_knows_nothing_of_who_made_it_and_where(home):
     for arguments in COMMANDS:
-        result = attempt(*arguments, allowed=home, cwd=home / "work", before=lambda: become_marked(home))
+        result = attempt(*arguments, allowed=home, cwd=home / "lab", before=lambda: become_marked(home))
         assert result.code == 0, result.err
-    assert {path.name for path in (home / "work/runs/pre").iterdir()} >= MADE
-    assert not traces(home / "work/runs/pre") + traces(home / "work/cache")
+    assert {path.name for path in (home / "lab/runs/pre").iterdir()} >= MADE
+    assert not traces(home / "lab/runs/pre") + traces(home / "lab/cache")
 
 
 @pytest.mark.slow
@@ -137,29 +137,29 @@ def test_nor_does_wandb_offline(home):
     for arguments in (COMMANDS[0] + ("wandb.mode=offline",), COMMANDS[2]):
         result = command(home, "-m", *arguments)
         assert result.returncode == 0, result.stderr
-    assert any((home / "work/runs/pre").glob("wandb/offline-run-*/run-*.wandb"))
-    assert not traces(home / "work/runs/pre") + traces(home / "work/cache")
+    assert any((home / "lab/runs/pre").glob("wandb/offline-run-*/run-*.wandb"))
+    assert not traces(home / "lab/runs/pre") + traces(home / "lab/cache")
 
 
 def test_the_search_finds_what_there_is(home):
-    (home / "work/x").write_bytes(b"\0" + KEY.encode())
-    (home / "work/link").symlink_to(sys.prefix)
-    assert {found.split(":")[0] for found in traces(home / "work")} == {"x", "link"}
+    (home / "lab/x").write_bytes(b"\0" + KEY.encode())
+    (home / "lab/link").symlink_to(sys.prefix)
+    assert {found.split(":")[0] for found in traces(home / "lab")} == {"x", "link"}
 
 
 @pytest.mark.slow
 def test_folders_that_the_user_names_stay_in_the_config_alone(home):
     """Given by their full names they stand in config.yaml as they were written; logs and reports have ~ for the home."""
-    config = (home / "work/pretrain.yaml").read_text().replace("runs_dir: runs", f"runs_dir: {home}/work/runs")
-    (home / "work/pretrain.yaml").write_text(config)
-    run_dir = home / "work/runs/pre"
+    config = (home / "lab/pretrain.yaml").read_text().replace("runs_dir: runs", f"runs_dir: {home}/lab/runs")
+    (home / "lab/pretrain.yaml").write_text(config)
+    run_dir = home / "lab/runs/pre"
     for arguments in (COMMANDS[0], ("eval.report", run_dir)):
-        result = attempt(*arguments, allowed=home, cwd=home / "work", before=lambda: become_marked(home))
+        result = attempt(*arguments, allowed=home, cwd=home / "lab", before=lambda: become_marked(home))
         assert result.code == 0, result.err
     found = {line.split(":")[0] for line in traces(run_dir)}
     assert found and {Path(name).name for name in found} == {"config.yaml"}
-    assert "~/work/runs/pre" in (run_dir / "log.txt").read_text()
-    assert "~/work/runs" in (run_dir / "report.html").read_text()
+    assert "~/lab/runs/pre" in (run_dir / "log.txt").read_text()
+    assert "~/lab/runs" in (run_dir / "report.html").read_text()
 
 
 def test_the_home_folder_is_shown_as_a_tilde(monkeypatch):
@@ -251,7 +251,7 @@ def test_nothing_of_user_and_machine_is_sent_to_wandb(home, server):
         if any(word in request for word in (MARKER, str(ROOT).encode(), sys.prefix.encode()))
     ]
     assert not sent, sent[:3]
-    assert not traces(home / "work/runs/x")
+    assert not traces(home / "lab/runs/x")
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_training_goes_on_whatever_happens_to_wandb(home, server):
             for name, (address, *rest) in troubles.items()
         }
     for name, future in results.items():
-        result, run_dir = future.result(), home / "work/runs" / name
+        result, run_dir = future.result(), home / "lab/runs" / name
         assert result.returncode == 0 and "done" in result.stdout, f"{name}: {result.stdout}\n{result.stderr}"
         assert rows_of(run_dir) == list(range(1, 31)), name
         expected = "the run goes on without it" if name == "killed" else "logged offline"
