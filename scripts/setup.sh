@@ -1,6 +1,7 @@
 # Sourced by quickstart.sh and test.sh, from the checkout's root: makes .venv and installs into it what is missing.
 #
-#   source scripts/setup.sh; set_up requirements.txt [requirements-dev.txt]     then run "$PYTHON"
+#   source scripts/setup.sh; set_up requirements.txt [requirements-dev.txt ...]     then run "$PYTHON"
+#   set_up_beside requirements-transformers4.txt      into .venv/transformers4, for PYTHONPATH: an older version of a package
 #
 # Needs Python 3.11 or newer with venv and pip, nothing else. A requirements file is installed once: its hash is kept
 # in .venv and a second call takes a tenth of a second. MINIMOE_PYTHON=python3 uses that interpreter as it is, with
@@ -79,4 +80,22 @@ set_up() { # FILE...: sets PYTHON
         fi
         echo "$hash" >"$stamp"
     done
+}
+
+set_up_beside() { # FILE: requirements-NAME.txt into .venv/NAME, without what those packages ask for (.venv has it)
+    local file=$1 folder hash
+    [ -n "${MINIMOE_PYTHON:-}" ] && return # nothing is installed there
+    folder=.venv/${file#requirements-}
+    folder=${folder%.txt}
+    hash=$("$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$file")
+    if [ -f "$folder/installed" ] && [ "$(cat "$folder/installed")" = "$hash" ]; then
+        return
+    fi
+    echo "installing $file into $folder"
+    rm -rf "$folder"
+    if ! run_child "$PYTHON" -m pip install --quiet --no-deps --target "$folder" -r "$file"; then
+        echo "error: pip could not install $file; mend what it says above and run the command again" >&2
+        return 1
+    fi
+    echo "$hash" >"$folder/installed"
 }

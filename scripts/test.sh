@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
-set_up requirements.txt requirements-dev.txt
+set_up requirements.txt requirements-extra.txt requirements-dev.txt
+case " $* " in *" --all "*) set_up_beside requirements-transformers4.txt ;; esac
 
 # One thread: tests start processes of their own, and two threads on a busy two-core machine can be ten times slower.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 USER_ERROR = 2  # exit code of a mistake the user can mend (argparse's own)
 UNFINISHED = (
@@ -25,6 +27,18 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def need(module: str, wanted_by: str) -> ModuleType:
+    """Imports a package of requirements-extra.txt where it is used. ValueError, naming who wants it, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # it is there, and lacks something itself
+        raise ValueError(
+            f"{wanted_by} needs the package {error.name}, which is not installed; run: pip install -r requirements-extra.txt"
+        ) from None
 
 
 def run(main: Callable[[], int | None]) -> None:
