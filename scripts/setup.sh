@@ -84,7 +84,7 @@ set_up() { # FILE...: sets PYTHON
 
 set_up_beside() { # FILE: requirements-NAME.txt into .venv/NAME, without what those packages ask for (.venv has it)
     local file=$1 folder hash
-    [ -n "${MINIMOE_PYTHON:-}" ] && return # nothing is installed there
+    if [ -n "${MINIMOE_PYTHON:-}" ]; then return; fi # nothing is installed there
     folder=.venv/${file#requirements-}
     folder=${folder%.txt}
     hash=$("$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$file")
@@ -92,7 +92,7 @@ set_up_beside() { # FILE: requirements-NAME.txt into .venv/NAME, without what th
         return
     fi
     echo "installing $file into $folder"
-    rm -rf "$folder"
+    rm -rf "$folder" && mkdir "$folder"
     if ! run_child "$PYTHON" -m pip install --quiet --no-deps --target "$folder" -r "$file"; then
         echo "error: pip could not install $file; mend what it says above and run the command again" >&2
         return 1

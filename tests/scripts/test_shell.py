@@ -165,7 +165,8 @@ def test_test_script_lints_then_hands_its_arguments_to_pytest(checkout):
     assert calls(checkout) == ["ruff --version", "ruff check", "pytest --all"]
 
 
-def test_set_up_installs_a_requirements_file_once_and_again_when_it_changed(tmp_path):
+@pytest.mark.parametrize("function, file", [("set_up", "requirements.txt"), ("set_up_beside", "requirements-old.txt")])
+def test_set_up_installs_a_requirements_file_once_and_again_when_it_changed(tmp_path, function, file):
     """A ready .venv with a pip that only takes notes."""
     bin_folder = tmp_path / ".venv/bin"
     bin_folder.mkdir(parents=True)
@@ -174,15 +175,17 @@ def test_set_up_installs_a_requirements_file_once_and_again_when_it_changed(tmp_
         f'#!/usr/bin/env bash\nif [ "$1" = -m ]; then echo "$*" >>calls.txt; exit; fi\nexec {sys.executable} "$@"\n'
     )
     fake.chmod(0o755)
-    (tmp_path / "requirements.txt").write_text("one\n")
+    (tmp_path / file).write_text("one\n")
 
     def installs() -> int:
         environment = {key: value for key, value in os.environ.items() if key != "MINIMOE_PYTHON"}
-        command = f"source {ROOT}/scripts/setup.sh; set_up requirements.txt"
+        command = f"source {ROOT}/scripts/setup.sh; PYTHON=.venv/bin/python; {function} {file}"
         subprocess.run(["bash", "-euc", command], cwd=tmp_path, env=environment, check=True, timeout=30)
         return sum("pip install" in line for line in calls(tmp_path))
 
     assert installs() == 1
     assert installs() == 1
-    (tmp_path / "requirements.txt").write_text("two\n")
+    (tmp_path / file).write_text("two\n")
     assert installs() == 2
+    beside = [call for call in calls(tmp_path) if "--target .venv/old " in call]
+    assert len(beside) == (2 if function == "set_up_beside" else 0), "into a folder of its own"
