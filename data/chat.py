@@ -26,34 +26,45 @@ CHAT_TEMPLATE = (
 )
 
 ROLES = ("system", "user", "assistant")
-_OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # ShareGPT's and others'
+_OTHER_NAMES = {  # ShareGPT's and others'
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
+NO_TOOLS = "those are not learned here: take it out, or set bad_records: skip in its source"
+_TOOL_ROLES = ("tool", "tools", "tool_call", "function", "function_call", "observation", "ipython")
 
 
 def to_messages(record: dict, where: str) -> list[Message]:
     """The conversation in one record of a data set, checked.
 
-    Accepts `messages` or `conversations` (lists of role/content or from/value), or `instruction`, `input`, `output`.
-    Raises ValueError beginning with `where` (file and line) when there is no conversation or it has no order to it.
+    Accepts, in this order: `messages` or `conversations` (lists of turns: role/content or from/value; content is text, or
+    OpenAI's list of parts of type text); `instruction`, `input`, `output`, and `history`, a list of earlier pairs;
+    `prompt` and `completion`, each text or a list of turns. A column `system` is the system turn where none is there yet.
+    What a turn has besides (`name`, `reasoning_content`, ...) is left out; tools and other kinds of content are refused,
+    because what follows them makes no sense without. Raises ValueError beginning with `where` (file and line) for those,
+    and when there is no conversation or it has no order to it.
     """
+    _refuse_tools(record, where)
     for key in ("messages", "conversations"):
         if record.get(key) is not None:
-            turns = record[key]
-            if not isinstance(turns, list):
-                raise ValueError(f"{where}: {key} is {type(turns).__name__}; it must be a list of turns")
-            messages = [_to_message(turn, f"{where}: {key}[{i}]") for i, turn in enumerate(turns)]
+            messages = _to_turns(record[key], f"{where}: {key}")
             break
     else:
-        if record.get("instruction") is None or record.get("output") is None:
+        if record.get("instruction") is not None and record.get("output") is not None:
+            messages = _from_instruction(record, where)
+        elif record.get("prompt") is not None and record.get("completion") is not None:
+            messages = _from_completion(record, where)
+        else:
             raise ValueError(
-                f"{where}: no conversation in the columns {listed(record)}; "
-                "give messages, conversations, or instruction (and input) and output"
+                f"{where}: no conversation in the columns {listed(record)}; give messages, conversations, "
+                "instruction (and input) and output, or prompt and completion"
             )
-        parts = [record["instruction"], record.get("input") or ""]
-        for name, value in zip(("instruction", "input", "output"), (*parts, record["output"])):
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: {name} is {type(value).__name__}; it must be text")
-        question = "\n\n".join(part.strip() for part in parts if part.strip())
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    if record.get("system") and [message["role"] for message in messages[:1]] != ["system"]:
+        messages = [{"role": "system", "content": _text(record["system"], where, "system")}, *messages]
     check_messages(messages, where)
     return messages
 
@@ -109,17 +120,81 @@ def encode_prompt(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
     return [*ids, tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
 
 
+def _to_turns(turns: object, where: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise ValueError(f"{where} is {type(turns).__name__}; it must be a list of turns")
+    return [_to_message(turn, f"{where}[{i}]") for i, turn in enumerate(turns)]
+
+
 def _to_message(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"{where}: a turn is {type(turn).__name__}; it must be a mapping with role and content")
     role = turn.get("role") if turn.get("role") is not None else turn.get("from")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if not isinstance(content, str):
-        raise ValueError(f"{where}: content is {type(content).__name__}; it must be text")
+    _refuse_tools(turn, where)
+    if isinstance(role, str) and role in _TOOL_ROLES:
+        raise ValueError(f"{where}: a conversation with tools (role {short(role)}); {NO_TOOLS}")
+    if turn.get("weight") == 0:  # of OpenAI's format
+        raise ValueError(f"{where}: a turn that is not to be learned (weight: 0); here every assistant turn is")
+    content = _content(content, where)
     role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise ValueError(f"{where}: role {short(role)} is none of system, user, assistant")
     return {"role": role, "content": content}
+
+
+def _refuse_tools(record: dict, where: str) -> None:
+    """ValueError for a record or turn that offers or calls tools; columns that are there and empty are fine."""
+    for key in ("tools", "functions", "tool_calls", "function_call"):
+        if record.get(key) not in (None, "", "[]", "null", [], {}):
+            raise ValueError(f"{where}: a conversation with tools ({key}); {NO_TOOLS}")
+
+
+def _content(content: object, where: str) -> str:
+    """The text of a turn; of a list of parts as OpenAI writes them their texts joined."""
+    if not isinstance(content, list):
+        return _text(content, where, "content")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"{where}: content has a part that is no text (type {short(kind)})")
+        texts.append(_text(part.get("text"), where, "text of a part"))
+    return "".join(texts)
+
+
+def _text(value: object, where: str, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {what} is {type(value).__name__}; it must be text")
+    return value
+
+
+def _from_instruction(record: dict, where: str) -> list[Message]:
+    """Alpaca's columns; `history`, as LLaMA-Factory writes it, has the pairs before."""
+    earlier = record.get("history") or []
+    if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
+        raise ValueError(f"{where}: history is no list of pairs; each is [instruction, output]")
+    parts = [
+        _text(value, where, name)
+        for name, value in (("instruction", record["instruction"]), ("input", record.get("input") or ""))
+    ]
+    question = "\n\n".join(part.strip() for part in parts if part.strip())
+    pairs = [(_text(q, where, "history"), _text(a, where, "history")) for q, a in earlier]
+    pairs.append((question, _text(record["output"], where, "output")))
+    return [_turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+
+
+def _from_completion(record: dict, where: str) -> list[Message]:
+    """Columns prompt and completion: texts, or lists of turns."""
+    messages = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record[key]
+        messages += _to_turns(value, f"{where}: {key}") if isinstance(value, list) else [_turn(role, value, where, key)]
+    return messages
+
+
+def _turn(role: str, text: object, where: str = "", what: str = "") -> Message:
+    return {"role": role, "content": _text(text, where, what)}
 
 
 def _listed(roles: list[str]) -> str:

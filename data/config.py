@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SOURCE_KINDS = ("embedded", "hub", "jsonl", "parquet", "text")
+BAD_RECORDS = ("stop", "skip")
 
 
 @dataclass
 class TokenizerConfig:
+    """Which tokenizer, and how much text it learns from where there is none yet."""
+
     path: str = "cache/tokenizer"  # folder with tokenizer.json; `scripts.train_tokenizer` writes it if it is missing
     train_bytes: int = field(
         default=50_000_000, metadata={"min": 1}
@@ -21,16 +24,23 @@ class TokenizerConfig:
 
 @dataclass
 class SourceConfig:
+    """One source of documents or conversations: where it is, which column holds the text, how often it is repeated."""
+
     name: str = ""  # label in shards, metrics and reports; unique within a config
     kind: str = field(default="", metadata={"choices": SOURCE_KINDS})
     corpus: str | None = None  # embedded: which text (see data/corpora.py) or which exercise (see data/exercises.py)
     path: str | None = None  # hub: repository id; jsonl, parquet, text: a file name or glob (** allowed)
     subset: str | None = None  # hub: the data set's configuration name, such as sample-10BT
     split: str = "train"  # hub: the split to read
-    data_files: str | None = None  # hub: read only these files of the repository
+    data_files: str | None = (
+        None  # hub: read only these files of the repository; one named *.jsonl is read line by line
+    )
     streaming: bool = False  # hub: read over the network without storing the whole set
     text_key: str = "text"  # jsonl, parquet, hub: the column with the text (format: text)
     split_key: str | None = None  # column whose value decides train or held-out; null: the text itself
+    bad_records: str | None = field(
+        default=None, metadata={"choices": BAD_RECORDS}
+    )  # a record of no use: stop says where it stands, skip leaves it out and counts it; null: skip for hub, else stop
     weight: float = field(default=1.0, metadata={"min": 0.0, "exclusive": True, "max": 1e6})  # repetitions per epoch
     max_documents: int | None = field(default=None, metadata={"min": 1})  # stop reading after so many
     held_out_fraction: float | None = field(
@@ -48,6 +58,8 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
+    """Which sources, how they become rows, and what of them is held out."""
+
     format: str = field(default="text", metadata={"choices": ("text", "chat")})  # documents, or conversations
     cache_dir: str = "cache/data"  # prepared shards live here
     verify: bool = True  # false: skip the check of the shards' bytes at the start, for very large sets

@@ -105,6 +105,8 @@ def fingerprint(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer |
     """SHA-256 (hex) of everything that decides a source's shards; without a tokenizer, of everything else."""
     settings = dataclasses.asdict(source)
     del settings["weight"]
+    if source.bad_records is None:  # as before there was this key: shards made then stay what they are
+        del settings["bad_records"]
     if source.held_out_fraction is None:
         settings["held_out_fraction"] = config.held_out_fraction
     content = {
@@ -204,11 +206,10 @@ def _write_shards(
     """Reads the source through; returns {reason: records} of what was left out."""
     skipped: Counter = Counter()
     chat = config.format == "chat"
-    encode = _encode_conversations if chat else _encode_documents
     quiet = None if progress else True  # None: a bar where there is a terminal to draw it in
     with tqdm(desc=f"preparing {source.name}", unit=" documents", disable=quiet) as bar:
-        for batch in _batches(iterate(source, config.format), skipped):
-            for record, (ids, mask, n_bytes) in zip(batch, encode(tokenizer, batch)):
+        for batch in batches(iterate(source, config.format), skipped):
+            for record, (ids, mask, n_bytes) in zip(batch, encoded(tokenizer, batch, config.format)):
                 if n_bytes == 0:
                     skipped["nothing to learn" if chat else "empty text"] += 1
                     continue
@@ -223,7 +224,8 @@ def _write_shards(
     return skipped
 
 
-def _batches(records: Iterator, skipped: Counter) -> Iterator[list[Document | Conversation]]:
+def batches(records: Iterator, skipped: Counter) -> Iterator[list[Document | Conversation]]:
+    """What is of use, as much at a time as all cores are worth waking for; the reasons of the rest are counted in `skipped`."""
     batch, characters = [], 0
     for record in records:
         if isinstance(record, Skipped):
@@ -235,6 +237,13 @@ def _batches(records: Iterator, skipped: Counter) -> Iterator[list[Document | Co
             yield batch
             batch, characters = [], 0
     yield batch
+
+
+def encoded(
+    tokenizer: Tokenizer, batch: list[Document] | list[Conversation], format: str
+) -> Iterator[tuple[list[int], list[int] | None, int]]:
+    """(ids, mask or None, UTF-8 bytes of what is learned) of each record, as the shards have them; 0 bytes: left out."""
+    return (_encode_conversations if format == "chat" else _encode_documents)(tokenizer, batch)
 
 
 def _encode_documents(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[list[int], None, int]]:

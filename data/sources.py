@@ -1,26 +1,25 @@
 """Where text comes from: the hub, JSONL, Parquet and text files, and what is embedded -> documents and conversations.
 
 `iterate(source, format)` streams a source, record by record. A mistake in a person's own files is an error naming file
-and line; a record of a hub set, which a person cannot mend, is skipped, counted and reported.
+and line; a record of a hub set, which a person cannot mend, is skipped, counted and reported. A source's `bad_records`
+(stop or skip) decides otherwise.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import heapq
 import itertools
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from data import corpora
 from data.chat import Message, to_messages
 from data.config import SOURCE_KINDS, DataConfig, SourceConfig
-from data.words import listed, one_line, short, short_name
+from data.readers import files, read_text, records
+from data.words import listed, short
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Conversation:
 
 @dataclass
 class Skipped:
-    """A record of a hub set that is of no use, and why."""
+    """A record that is of no use and left out, and why."""
 
     reason: str
 
@@ -100,26 +99,6 @@ def training_texts(config: DataConfig, max_bytes: int) -> Iterator[str]:
         yield encoded.decode("utf-8", "ignore")
 
 
-def files(source: SourceConfig) -> list[Path]:
-    """The files a local source reads, sorted. ValueError when its path matches none."""
-    path = source.path or ""
-    if os.path.isfile(path):  # unlike Path's, false for a name too long to be one
-        return [Path(path)]
-    if os.path.isdir(path):
-        example = f"{path.rstrip('/')}/*"
-        raise ValueError(f"source {source.name!r}: path: {path!r} is a folder; name its files, such as {example}")
-    if not glob.has_magic(path):
-        problem = "is no regular file" if os.path.exists(path) else "does not exist"
-        raise ValueError(f"source {source.name!r}: path: {path!r} {problem}; give the path of a file or a glob")
-    names = set(glob.glob(path, recursive=True))  # two ** find a file more than once
-    found = sorted(Path(name) for name in names if os.path.isfile(name))
-    if not found:
-        raise ValueError(
-            f"source {source.name!r}: path: {path!r} matches no file; mend the glob (** reaches into folders)"
-        )
-    return found
-
-
 def _training_texts_of(source: SourceConfig, config: DataConfig) -> Iterator[str]:
     for record in iterate(source, config.format):
         if not isinstance(record, Skipped) and not is_held_out(record, source, config):
@@ -135,17 +114,22 @@ def _documents(source: SourceConfig) -> Iterator[Document | Skipped]:
         yield from (Document(*document) for document in corpora.documents(source.corpus))
     elif source.kind == "text":
         for file in files(source):
-            text = _decode(_read_bytes(file, source), short_name(file))
+            text = read_text(file, source)
             yield Document(text, split_key=text)
     else:
-        for record, where in _records(source):
+
+        def document(record: dict, where: str) -> Document | Skipped:
             text = _column(record, source.text_key, where, "text_key")
             if source.kind == "hub" and text is None:
-                yield Skipped(f"no text in column {source.text_key!r}")
-                continue
+                return Skipped(f"no text in column {source.text_key!r}")
             if not isinstance(text, str):
-                raise ValueError(f"{where}: text_key: column {source.text_key!r} holds {short(text)}; it must be text")
-            yield Document(text, _split_key(record, source, where, default=text))
+                raise ValueError(
+                    f"{where}: text_key: column {source.text_key!r} is no text (but {short(text)}); name another"
+                )
+            return Document(text, _split_key(record, source, where, default=text))
+
+        # A wrong column is a mistake of the config, in every record: it ends the reading of a hub set too.
+        yield from _made(source, document, by_itself="stop")
 
 
 def _conversations(source: SourceConfig) -> Iterator[Conversation | Skipped]:
@@ -158,87 +142,34 @@ def _conversations(source: SourceConfig) -> Iterator[Conversation | Skipped]:
 
         yield from exercises(source.corpus)
         return
-    for record, where in _records(source):
+
+    def conversation(record: dict, where: str) -> Conversation:
+        messages = to_messages(record, where)
+        return Conversation(messages, _split_key(record, source, where, default=json.dumps(messages, sort_keys=True)))
+
+    yield from _made(source, conversation, by_itself="skip" if source.kind == "hub" else "stop")
+
+
+def _made(source: SourceConfig, make: Callable, by_itself: str) -> Iterator:
+    """What `make` makes of each record. One that it refuses is skipped or ends it as `bad_records` says, or else `by_itself`;
+    one that cannot be read, of a hub set, is skipped."""
+    for record, where in records(source):
+        readable = not isinstance(record, ValueError)
         try:
-            messages = to_messages(record, where)
+            if not readable:
+                raise record
+            yield make(record, where)
         except ValueError as error:
-            if source.kind != "hub":
+            if (source.bad_records or ("skip" if source.kind == "hub" and not readable else by_itself)) == "stop":
                 raise
-            problem = re.sub(r"\w+\[\d+\]: ", "", str(error).removeprefix(f"{where}: "))
-            yield Skipped(re.split(r" \(|[:;]", problem)[0])
-            continue
-        yield Conversation(messages, _split_key(record, source, where, default=json.dumps(messages, sort_keys=True)))
+            yield Skipped(_reason(error, where))
 
 
-def _records(source: SourceConfig) -> Iterator[tuple[dict, str]]:
-    """(columns, where it stands) of each record of a source with columns."""
-    reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub}[source.kind]
-    return reader(source)
-
-
-def _read_jsonl(source: SourceConfig) -> Iterator[tuple[dict, str]]:
-    for file in files(source):
-        with _open(file, source) as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{short_name(file)}:{number}"
-                text = _decode(line, where)
-                if not text.strip():
-                    continue
-                try:
-                    record = json.loads(text, object_pairs_hook=_once)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: not readable as JSON: {error}; mend or remove this line") from None
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: {short(record)} is no JSON object; write one {{...}} a line")
-                yield record, where
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict:
-    """The object of these pairs. ValueError for a key given twice: json itself would drop the first one's value."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {short(twice)} is given twice")
-    return record
-
-
-def _read_parquet(source: SourceConfig) -> Iterator[tuple[dict, str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"source {source.name!r}: kind parquet needs pyarrow; run: pip install pyarrow") from None
-
-    for path in files(source):
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                number = 0
-                for batch in file.iter_batches(batch_size=1000):
-                    for record in batch.to_pylist():
-                        number += 1
-                        yield record, f"{short_name(path)}, row {number}"
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{short_name(path)}: not readable as Parquet: {one_line(error)}; write it anew") from None
-
-
-def _read_hub(source: SourceConfig) -> Iterator[tuple[dict, str]]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"source {source.name!r}: kind hub needs datasets; run: pip install datasets") from None
-
-    try:
-        rows = datasets.load_dataset(
-            source.path, source.subset, split=source.split, data_files=source.data_files, streaming=source.streaming
-        )
-        for number, record in enumerate(rows):
-            yield record, f"{source.path}, row {number}"
-    except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own
-        raise ValueError(
-            f"source {source.name!r}: the hub set {source.path!r} (subset {source.subset}, split {source.split}) could "
-            f"not be read: {one_line(error)}; check the name and the network, or use local files"
-        ) from None
+def _reason(error: ValueError, where: str) -> str:
+    """What is wrong, without where and with what: few different texts for many records."""
+    problem = re.sub(r"(\w+\[\d+\]|text_key|split_key): ", "", str(error).removeprefix(f"{where}: "))
+    problem = re.sub(r".* is no JSON object", "a record is no JSON object", problem)
+    return re.split(r" \(|[:;]", problem)[0]
 
 
 def _column(record: dict, key: str, where: str, setting: str) -> object:
@@ -255,31 +186,3 @@ def _split_key(record: dict, source: SourceConfig, where: str, default: str) -> 
         return str(value)
     except RecursionError:
         raise ValueError(f"{where}: split_key: column {source.split_key!r} is nested too deep; use another") from None
-
-
-def _open(file: Path, source: SourceConfig):
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise _unreadable(file, source, error) from None
-
-
-def _read_bytes(file: Path, source: SourceConfig) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise _unreadable(file, source, error) from None
-
-
-def _unreadable(file: Path, source: SourceConfig, error: OSError) -> ValueError:
-    return ValueError(
-        f"source {source.name!r}: cannot read {short_name(file)} ({error.strerror}); check path and permissions"
-    )
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start + 1} is {raw[error.start]:#04x}"
-        raise ValueError(f"{where}: not UTF-8 text ({byte}); save it as UTF-8") from None

@@ -20,6 +20,11 @@ def short_name(name: object) -> str:
     return text if len(text) <= 400 else f"{text[:100]}...{text[-100:]}"
 
 
+def harmless(text: str) -> str:
+    """`text` with everything escaped that a terminal would obey; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def listed(names: object) -> str:
     """`'a', 'b', 'c'` of names or columns; at most ten, then how many more. `none` where there is none."""
     names = list(names)

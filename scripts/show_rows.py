@@ -19,6 +19,7 @@ import torch
 from data.dataset import IGNORED, TrainRows
 from data.prepare import open_prepared
 from data.tokenizer import Tokenizer
+from data.words import harmless
 from train import cli
 from train.config import RunConfig, load_config
 
@@ -85,17 +86,13 @@ def _described(
         return "\n".join([head, *lines])
     text = ""
     for is_learned, part in itertools.groupby(zip(ids, learned), key=lambda pair: pair[1] and chat):
-        spelled = _harmless(_spelled(tokenizer, [token for token, _ in part]))
+        spelled = harmless(_spelled(tokenizer, [token for token, _ in part]))
         text += f">>>{spelled}<<<" if is_learned else spelled
     return f"{head}\n{text}"
 
 
 def _spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def _harmless(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 FAMILIES = sorted({path.parent for path in CONFIGS if path.name == "sft.yaml"})
 MOE_FAMILIES = [path for path in CONFIGS if path.parent.name == "families" and path.stem != "common"]
+ALONE = [path for path in CONFIGS if path.stem == "pretrain" and path.parent not in FAMILIES]  # without fine-tuning
 TWINS = [path for path in MOE_FAMILIES if path.stem.endswith("_dense")]
 
 
@@ -26,7 +27,8 @@ def name_of(path: Path) -> str:
 
 
 def test_there_are_configs():
-    assert {"tinystories", "fineweb_edu", "minimind"} <= {family.name for family in FAMILIES}
+    assert {"tinystories", "fineweb_edu", "minimind", "own"} <= {family.name for family in FAMILIES}
+    assert {"wikitext", "mixture"} == {path.parent.name for path in ALONE}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
@@ -174,7 +176,7 @@ def test_family_pretrains_and_fine_tunes_scaled_down(family, folder):
 
 
 @pytest.mark.usefixtures("signal_handlers")
-@pytest.mark.parametrize("path", MOE_FAMILIES, ids=name_of)
+@pytest.mark.parametrize("path", [*MOE_FAMILIES, *ALONE], ids=name_of)
 def test_moe_family_trains_scaled_down(path, folder):
     from train.loop import train
 
@@ -224,3 +226,50 @@ def test_model_of_every_config_builds_at_full_size(path):
     with torch.device("meta"):
         model = MoEForCausalLM(config.model)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1e9
+
+
+def three_lines(path: Path) -> str:
+    """The config that the comment at the head of a ready one tells a person to write."""
+    return "".join(re.findall(r"^#   ((?:base|tokenizer|data): .*\n)", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_own_data_takes_three_lines(tmp_path, monkeypatch):
+    """The very lines of configs/own, from text to a fine-tuned run, with the sizes alone made smaller."""
+    from scripts.train_tokenizer import train_tokenizer
+    from train.loop import train
+
+    (tmp_path / "my").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    texts = [f"On day {i} the farmer saw {i * 7 % 31} cows and {i * 5 % 13} sheep in the snow." for i in range(300)]
+    chats = [
+        [{"from": "human", "value": f"Day {i}?"}, {"from": "gpt", "value": f"{i * 7 % 31} cows."}] for i in range(300)
+    ]
+    for name, key, values in (("text", "text", texts), ("chat", "conversations", chats)):
+        lines = "".join(json.dumps({key: value}) + "\n" for value in values)
+        (tmp_path / f"my/{name}.jsonl").write_text(lines, encoding="utf-8")
+    small = [
+        "model.vocab_size=280",
+        "model.hidden_size=32",
+        "model.moe_intermediate_size=16",
+        "model.num_hidden_layers=1",
+    ]
+    small += [
+        "train.steps=2",
+        "train.epochs=null",
+        "train.device=cpu",
+        "train.precision=float32",
+        "train.threads=1",
+        "eval.every=1",
+    ]
+    for name in ("pretrain", "sft"):
+        written = three_lines(ROOT / f"configs/own/{name}.yaml")
+        assert written.count("\n") == 3
+        (tmp_path / f"my/{name}.yaml").write_text(written, encoding="utf-8")
+        config = load_config(f"my/{name}.yaml", small)
+        train_tokenizer(config, progress=False)
+        assert train(config) == 0
+        rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [row["kind"] for row in rows].count("train") > 0 and any(row["kind"] == "held_out" for row in rows)
+    assert config.data.format == "chat" and config.data.sources[0].name == "my-chat"
