@@ -26,10 +26,14 @@ SHARE = (
     (2.0, "#b63a12"),
 )  # log2 of load / fair share
 MAX_POINTS = 400  # of one line: more than a screen resolves
+DASHES = ("", "7 4", "2 4")  # one round of PALETTE each: so many lines can be told apart
+DARK_LUMINANCE = 0.5  # of a line on a dark page, at least
 
 
 @dataclass
 class Line:
+    """A curve of a chart: its points, and how they are drawn."""
+
     name: str
     xs: list[float]
     ys: list[float]  # NaN: a gap
@@ -38,9 +42,11 @@ class Line:
     opacity: float = 1.0
     dots: bool = False
     legend: bool = True
+    dash: str = ""  # of SVG's stroke-dasharray
 
 
 def escape(text: object) -> str:
+    """Any text as HTML that shows it."""
     return html.escape(str(text), quote=True)
 
 
@@ -48,6 +54,16 @@ def depth_colours(n: int) -> list[str]:
     """Colours for n layers, from light (first) to dark (last)."""
     stops = [(i / (len(DEPTH) - 1), colour) for i, colour in enumerate(DEPTH)]
     return [_hex(_blend(stops, i / max(1, n - 1))) for i in range(n)]
+
+
+def on_both(colour: str) -> str:
+    """A CSS colour that is `colour` on a light page, and light enough on a dark one. Browsers without light-dark() ignore it."""
+    rgb, weights = np.array(_rgb(colour), dtype=float), np.array((0.299, 0.587, 0.114))
+    wanted = 255 * DARK_LUMINANCE
+    rgb *= max(1.0, min(wanted / max(1.0, rgb @ weights), 255 / max(1.0, rgb.max())))  # as bright as the hue can be
+    if (luminance := rgb @ weights) < wanted:
+        rgb += (255 - rgb) * (wanted - luminance) / (255 - luminance)
+    return f"light-dark({colour},{_hex(rgb)})"
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -64,11 +80,13 @@ def line_chart(
     y_range: tuple[float | None, float | None] = (None, None),
     x_label: str = "optimizer step",
     x_range: tuple[float, float] | None = None,
+    whole: bool = True,
     marks: tuple[tuple[float, str], ...] = (),
     height: int = 250,
     label: str = "",
 ) -> str:
-    """Lines over a common x. `marks` are vertical lines with a word; a None bound of y_range follows the data.
+    """Lines over a common x. `marks` are vertical lines with a word; a None bound of y_range follows the data; x is counted
+    in `whole` numbers, or measured.
 
     Returns an empty text where no line has a finite point.
     """
@@ -90,29 +108,34 @@ def line_chart(
         return 1000 * (y_high - y) / (y_high - y_low)
 
     y_ticks = nice_ticks(y_low, y_high)
-    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9)) if len(y_ticks) > 1 else 2
-    x_ticks = [x for x in nice_ticks(x_low, x_high, 4) if x == int(x)]
+    decimals = _decimals(y_ticks)
+    x_ticks = [x for x in nice_ticks(x_low, x_high, 4) if x == int(x) or not whole]
+    x_decimals = 0 if whole else _decimals(x_ticks)
     shapes = [f'<path class="grid" d="M0 {py(y):.1f}H1000"/>' for y in y_ticks]
     shapes += [f'<path class="mark" d="M{px(x):.1f} 0V1000"/>' for x, _ in marks]
     for line in lines:
         xs, ys = _thin(line.xs, line.ys)
-        style = f'stroke="{line.colour}" stroke-opacity="{line.opacity:g}"'
+        style = f'stroke="{line.colour}" style="stroke:{on_both(line.colour)}" stroke-opacity="{line.opacity:g}"'
         if path := _path([(px(x), py(y)) for x, y in zip(xs, ys, strict=True)]):
-            shapes.append(f'<path class="line" {style} stroke-width="{line.width:g}" d="{path}"/>')
+            dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
+            name = f"<title>{escape(line.name)}</title>"
+            shapes.append(f'<path class="line" {style}{dash} stroke-width="{line.width:g}" d="{path}">{name}</path>')
         lone = sum(math.isfinite(y) for y in ys) == 1
         if (line.dots and len(xs) <= 60) or lone:
             dots = "".join(f"M{px(x):.1f} {py(y):.1f}h0" for x, y in zip(xs, ys, strict=True) if math.isfinite(y))
             shapes.append(f'<path class="line" {style} stroke-width="{line.width + 4:g}" d="{dots}"/>')
 
     y_labels = "".join(f'<span style="top:{py(y) / 10:.2f}%">{y:.{decimals}f}</span>' for y in y_ticks)
-    x_labels = "".join(f'<span class="{_edge(px(x))}" style="left:{px(x) / 10:.2f}%">{x:,.0f}</span>' for x in x_ticks)
+    x_labels = "".join(
+        f'<span class="{_edge(px(x))}" style="left:{px(x) / 10:.2f}%">{x:,.{x_decimals}f}</span>' for x in x_ticks
+    )
     mark_labels = "".join(
         f'<span class="{"left" if px(x) < 150 else "right" if px(x) > 850 else ""}" style="left:{px(x) / 10:.2f}%">{escape(text)}</span>'
         for x, text in marks
     )
     keys = [line for line in lines if line.legend]
     return (
-        (legend([(line.name, line.colour, line.opacity) for line in keys]) if len(keys) > 1 else "")
+        (legend([(line.name, line.colour, line.opacity, line.dash) for line in keys]) if len(keys) > 1 else "")
         + f'<div class="plot{" marked" if marks else ""}" role="img" aria-label="{escape(label)}"><div class="y-labels">{y_labels}</div>'
         f'<div class="area" style="height:{height}px"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
         f'{"".join(shapes)}</svg><div class="mark-labels">{mark_labels}</div></div>'
@@ -120,15 +143,27 @@ def line_chart(
     )
 
 
-def legend(keys: list[tuple[str, str, float]]) -> str:
+def legend(keys: list[tuple[str, str, float, str]]) -> str:
+    """What each line is: (name, colour, opacity, dash)."""
     return (
         '<div class="legend">'
-        + "".join(
-            f'<span><i style="background:{colour};opacity:{max(0.45, opacity):g}"></i>{escape(name)}</span>'
-            for name, colour, opacity in keys
-        )
+        + "".join(f"<span>{swatch(*look)}{escape(name)}</span>" for name, *look in keys)
         + "</div>"
     )
+
+
+def swatch(colour: str, opacity: float = 1.0, dash: str = "") -> str:
+    """A short piece of a line."""
+    fill, shown = on_both(colour), max(0.45, opacity)
+    if dash:
+        on, off = map(float, dash.split())
+        fill = f"repeating-linear-gradient(90deg,{fill} 0 {on:g}px,transparent {on:g}px {on + off:g}px)"
+    return f'<i class="swatch" style="background:{colour};background:{fill};opacity:{shown:g}"></i>'
+
+
+def run_look(place: int) -> tuple[str, str]:
+    """(colour, dash) of one of several runs."""
+    return PALETTE[place % len(PALETTE)], DASHES[place // len(PALETTE) % len(DASHES)]
 
 
 def smooth(ys: list[float], window: int) -> list[float]:
@@ -219,6 +254,10 @@ def _path(points: list[tuple[float, float]]) -> str:
         parts.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
         pen_down = True
     return "".join(parts) if len(parts) > 1 else ""
+
+
+def _decimals(ticks: list[float]) -> int:
+    return max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9)) if len(ticks) > 1 else 2
 
 
 def _edge(x: float) -> str:

@@ -17,6 +17,7 @@ from eval.charts import (
     share_scale,
     smooth,
 )
+from eval.facts import Balance, balance, measured_on, routing_shape
 from eval.history import Stage, finite
 from eval.page import details, figure, pair
 
@@ -28,26 +29,29 @@ MAX_LISTED_LAYERS = 8  # with a name of their own in a legend
 
 def final_load(stages: list[Stage]) -> str:
     """Layer x expert, of the last run that has any."""
-    found = next((load for stage in reversed(stages) if (load := _load_at_end(stage))), None)
+    found = next((load for stage in reversed(stages) if (load := balance(stage))), None)
     if found is None:
         return ""
-    layers, load, where = found
-    n_experts = load.shape[1]
-    relative = load * n_experts
+    caption = (
+        f"Each cell is one expert: 1.0 means that it gets its fair share of the tokens (one in {found.load.shape[1]} of the "
+        "choices). Orange experts are busier, blue ones idler."
+    )
+    return load_figure(found, f"Load of every expert {found.where}", caption)
+
+
+def load_figure(load: Balance, title: str, caption: str) -> str:
+    """A card with layer x expert; `caption` is followed by what is seen here."""
+    layers, relative = load.layers, load.relative
+    n_experts = relative.shape[1]
     if n_experts <= MAX_GRID_EXPERTS:
         picture = heat_grid(relative, [f"layer {layer}" for layer in layers], "expert")
     else:
         axes = f"experts 0 to {n_experts - 1}, left to right; layers {layers[0]} to {layers[-1]}, top to bottom"
         picture = heat_image(relative, f"Load of {axes}", max(60, 22 * len(layers)))
         picture += f'<div class="x-title">{axes}</div>'
-    dead = int((load == 0).sum())
-    verdict = "every expert is in use" if not dead else f"{dead} of {load.size} experts got no token"
-    return figure(
-        f"Load of every expert {where}",
-        share_scale() + picture,
-        f"Each cell is one expert: 1.0 means that it gets its fair share of the tokens (one in {n_experts} of the choices). "
-        f"Orange experts are busier, blue ones idler. Here {verdict}; the busiest takes {relative.max():.1f} times its share.",
-    )
+    verdict = "every expert is in use" if not load.dead else f"{load.dead} of {load.load.size} experts got no token"
+    busiest = f"the busiest takes {relative.max():.1f} times its share"
+    return figure(title, share_scale() + picture, f"{caption} Here {verdict}; {busiest}.")
 
 
 def load_over_training(stages: list[Stage]) -> str:
@@ -108,9 +112,9 @@ def router_curves(stages: list[Stage]) -> str:
 
     entropy = chart("router_entropy", 1 / math.log(max(2, n_experts)), (0.0, 1.0), "Router entropy by optimizer step")
     violation = chart("max_vio", 1.0, (0.0, None), "MaxVio by optimizer step")
-    names = [(f"layer {layer}", colour, 1.0) for layer, colour in zip(layers, colours, strict=True)]
+    names = [(f"layer {layer}", colour, 1.0, "") for layer, colour in zip(layers, colours, strict=True)]
     if len(names) > MAX_LISTED_LAYERS:
-        names = [names[0], ("…", names[len(names) // 2][1], 1.0), names[-1]]
+        names = [names[0], ("…", names[len(names) // 2][1], 1.0, ""), names[-1]]
     return pair(
         figure(
             "How decided the router is",
@@ -129,9 +133,23 @@ def router_curves(stages: list[Stage]) -> str:
 
 def typical_tokens(stages: list[Stage]) -> str:
     """The tokens each expert is favoured by, a drawer per layer."""
-    stage = next((s for s in reversed(stages) if (s.evaluation.get("routing") or {}).get("typical_tokens")), None)
+    stage = next((s for s in reversed(stages) if has_typical_tokens(s)), None)
     if stage is None:
         return ""
+    return (
+        '<h3 class="alone">What each expert learned</h3><p class="intro">The tokens that most favour an expert, on '
+        f"{measured_on(stage)}: 3.0× means that the expert gets this token three times as often as an average token. "
+        f"A pale dot is a space.</p>{token_drawers(stage)}"
+    )
+
+
+def has_typical_tokens(stage: Stage) -> bool:
+    """Whether the run was evaluated as a MoE."""
+    return bool((stage.evaluation.get("routing") or {}).get("typical_tokens"))
+
+
+def token_drawers(stage: Stage) -> str:
+    """Layer by layer, the one in the middle open."""
     routing = stage.evaluation["routing"]
     drawers = []
     for i, (layer, experts) in enumerate(zip(routing["layers"], routing["typical_tokens"], strict=True)):
@@ -143,26 +161,7 @@ def typical_tokens(stages: list[Stage]) -> str:
         if len(experts) > MAX_LISTED_EXPERTS:
             lines.append(f"<p><small>and {len(experts) - MAX_LISTED_EXPERTS} experts more</small></p>")
         drawers.append(details(f"layer {layer}", "".join(lines), opened=i == len(routing["layers"]) // 2))
-    return (
-        '<h3 class="alone">What each expert learned</h3><p class="intro">The tokens that most favour an expert, on '
-        f"{_measured_on(stage)}: 3.0× means that the expert gets this token three times as often as an average token. "
-        f"A pale dot is a space.</p>{''.join(drawers)}"
-    )
-
-
-def _measured_on(stage: Stage) -> str:
-    return "held-out conversations" if stage.is_chat else "held-out text"
-
-
-def _load_at_end(stage: Stage) -> tuple[list, np.ndarray, str] | None:
-    """(layers, load (L, E), where measured): held-out where evaluated, otherwise the mean of training's last rows."""
-    routing = stage.evaluation.get("routing") or {}
-    if routing.get("load"):
-        return routing["layers"], np.array(routing["load"], dtype=float), f"on {_measured_on(stage)}"
-    rows = [row["routing"] for row in stage.train if row.get("routing")][-10:]
-    if not rows:
-        return None
-    return rows[-1]["layers"], np.mean([row["load"] for row in rows], axis=0), "at the end of training"
+    return "".join(drawers)
 
 
 def _routed(stages: list[Stage]) -> list[tuple[int, list[dict]]]:
@@ -171,15 +170,11 @@ def _routed(stages: list[Stage]) -> list[tuple[int, list[dict]]]:
     last = next((rows[-1]["routing"] for rows in reversed(with_routing) if rows), None)
     parts, offset = [], 0
     for stage, rows in zip(stages, with_routing, strict=True):
-        rows = [row for row in rows if _shape(row["routing"]) == _shape(last)]
+        rows = [row for row in rows if routing_shape(row["routing"]) == routing_shape(last)]
         if rows:
             parts.append((offset, rows))
             offset += stage.last_step
     return parts
-
-
-def _shape(routing: dict) -> tuple[list, int]:
-    return routing["layers"], len(routing["load"][0])
 
 
 def _visible(token: str) -> str:

@@ -9,6 +9,7 @@ were missing, a link is not followed, and what is too large to be ours is refuse
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -25,19 +26,20 @@ CONFIG_LIMIT = 2**20  # of config.yaml, whose parser is slow
 ROWS_LIMIT = 4 * 2**30  # of metrics.jsonl and samples.jsonl
 LARGEST = 1e15  # of numbers: above, floating point no longer counts steps
 
-# Shapes: int, float and str stand for themselves (numbers finite and of a size that can be drawn), object for any plain value,
+# Shapes: int, float, bool and str stand for themselves (numbers finite and of a size that can be drawn), object for any plain value,
 # [shape] for a list, {"key": shape} for a mapping whose other keys are ignored, {str: shape} for one with any keys.
 FIGURES = {"loss": float, "perplexity": float, "bits_per_byte": float, "tokens": float, "bytes": float}
 ROUTING = {"layers": [int], "load": [[float]], "max_vio": [float], "router_entropy": [float]}
 TRAIN_ROW = {
     "step": int, "tokens": float, "train_seconds": float, "loss": float, "tokens_per_second": float, "routing": ROUTING,
+    "learning_rate": float, "grad_norm": float, "memory_gib": float, "mfu": float, "skipped_steps": int,
 }  # fmt: skip
 HELD_OUT_ROW = {"step": int, "tokens": float, "train_seconds": float, "loss": float, "sources": {str: FIGURES}}
 SAMPLE = {"step": int, "prompt": str, "text": str}
 CONFIG = {
     "name": str,
     "model": {str: object},
-    "data": {"format": str, "sources": [{"name": str}]},
+    "data": {"format": str, "context_length": int, "sources": [{"name": str}]},
     "train": {"steps": int, "tokens_per_step": int, "init_from": str},
     "eval": {"best_source": str},
 }
@@ -45,13 +47,14 @@ RUN = {"started": str, "machine": {"device": str, "processes": int, str: object}
 EXAMPLE = {"question": str, "answer": str, "wanted": str, "score": float}
 TASK = {
     "metric": str, "score": float, "chance": float, "trivial": float, "trivial_name": str, "standard_error": float, "n": int,
-    "examples": [EXAMPLE],
+    "higher_is_better": bool, "examples": [EXAMPLE],
 }  # fmt: skip
 EVALUATION = {
     "heldout": {str: FIGURES},
     "tasks": {str: TASK},
     "routing": {**ROUTING, "typical_tokens": [[[{"token": str, "lift": float}]]]},
     "seconds": float,
+    "step": int,
 }
 STAGES = {str: float}
 
@@ -63,6 +66,7 @@ class Stage:
     folder: Path
     config: dict = field(default_factory=dict)  # what is shown of config.yaml, as plain mappings
     config_text: str = ""
+    tree: dict = field(default_factory=dict)  # all of config.yaml, as plain values
     train: list[dict] = field(default_factory=list)  # rows of kind train, by step
     held_out: list[dict] = field(default_factory=list)  # rows of kind held_out, by step
     samples: list[dict] = field(default_factory=list)  # by step, then in the order of the prompts
@@ -76,14 +80,17 @@ class Stage:
 
     @property
     def is_chat(self) -> bool:
+        """Whether it was trained on conversations."""
         return self.section("data").get("format") == "chat"
 
     @property
     def last_step(self) -> int:
+        """The newest step that was logged."""
         return max((row["step"] for row in (*self.train, *self.held_out)), default=0)
 
     @property
     def tokens_seen(self) -> int:
+        """Tokens trained on so far."""
         return max((row.get("tokens") or 0 for row in (*self.train, *self.held_out)), default=0)
 
     @property
@@ -112,15 +119,17 @@ def read_stage(folder: str | Path) -> Stage:
         )
     rows = list(_json_lines(folder / "metrics.jsonl"))
     text = "".join(_lines(folder / "config.yaml", CONFIG_LIMIT))
+    tree = _tree(text)
     return Stage(
         folder=folder,
-        config=_config(text),
+        config=fitting(tree, CONFIG),
         config_text=text,
-        train=_newest_by_step(_routed(_fitting(row, TRAIN_ROW)) for row in rows if row.get("kind") == "train"),
-        held_out=_newest_by_step(_fitting(row, HELD_OUT_ROW) for row in rows if row.get("kind") == "held_out"),
-        samples=_newest_by_step((_fitting(row, SAMPLE) for row in _json_lines(folder / "samples.jsonl")), "prompt"),
+        tree=fitting(tree, {str: object}),
+        train=_newest_by_step(routed(fitting(row, TRAIN_ROW)) for row in rows if row.get("kind") == "train"),
+        held_out=_newest_by_step(fitting(row, HELD_OUT_ROW) for row in rows if row.get("kind") == "held_out"),
+        samples=_newest_by_step((fitting(row, SAMPLE) for row in _json_lines(folder / "samples.jsonl")), "prompt"),
         run=_read_json(folder / "run.json", RUN),
-        evaluation=_routed(_read_json(folder / "evaluation.json", EVALUATION)),
+        evaluation=routed(_read_json(folder / "evaluation.json", EVALUATION)),
         stages=_read_json(folder / "stages.json", STAGES),
     )
 
@@ -136,6 +145,7 @@ def read_lineage(folder: str | Path) -> list[Stage]:
 
 
 def is_run(folder: Path) -> bool:
+    """Whether the folder is a run's: a checkpoint, which has a config.yaml too, is none."""
     return (folder / "metrics.jsonl").is_file() or (
         (folder / "config.yaml").is_file() and not (folder / "state.json").is_file()
     )
@@ -171,17 +181,17 @@ def _newest_by_step(rows: Iterable[dict], *more_keys: str) -> list[dict]:
     return sorted(newest.values(), key=lambda row: row["step"])
 
 
-def _fitting(value: object, shape: object) -> typing.Any:
+def fitting(value: object, shape: object) -> typing.Any:
     """What of `value` fits the shape; None for a value that does not, which a mapping then leaves out."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return {}
-        pairs = ((key, _fitting(item, shape.get(key, shape.get(str, None)))) for key, item in value.items())
+        pairs = ((key, fitting(item, shape.get(key, shape.get(str, None)))) for key, item in value.items())
         return {key: item for key, item in pairs if item is not None}
     if isinstance(shape, list):
-        return [_fitting(item, shape[0]) for item in value] if isinstance(value, list) else None
+        return [fitting(item, shape[0]) for item in value] if isinstance(value, list) else None
     if shape is None or isinstance(value, bool):
-        return value if shape is object else None
+        return value if shape in (bool, object) else None
     if isinstance(value, int | float):
         fits = shape in (int, float, object) and (isinstance(value, int) or shape is not int)
         return value if fits and -LARGEST <= value <= LARGEST else None  # NaN is neither above nor below
@@ -193,11 +203,11 @@ def _fitting(value: object, shape: object) -> typing.Any:
 def _plain(value: object) -> object:
     """A mapping or list of plain values, a few levels deep, such as run.json's description of a machine."""
     if isinstance(value, dict):
-        return _fitting(value, {str: object})
-    return _fitting(value, [object])
+        return fitting(value, {str: object})
+    return fitting(value, [object])
 
 
-def _routed(row: dict) -> dict:
+def routed(row: dict) -> dict:
     """The row without routing whose lists do not fit together: L layers, and a load of L x E numbers."""
     routing = row.get("routing") or {}
     layers, load = routing.get("layers") or [], routing.get("load") or []
@@ -220,38 +230,52 @@ def _fits(typical_tokens: list, n_layers: int) -> bool:
     )
 
 
-def _config(text: str) -> dict:
+def read_config(folder: Path) -> dict:
+    """What is shown of a run's config.yaml; empty where there is none that can be read."""
+    return fitting(_tree("".join(_lines(folder / "config.yaml", CONFIG_LIMIT))), CONFIG)
+
+
+def _tree(text: str) -> object:
     try:
-        return _fitting(parse(text, "config.yaml"), CONFIG)
+        return parse(text, "config.yaml")
     except ValueError:
         return {}
 
 
-def _lines(path: Path, limit: int) -> Iterator[str]:
-    """The lines of a plain file; none where it is missing. ValueError where it is a link or larger than ours ever are."""
+def open_plain(path: Path, limit: int) -> typing.BinaryIO | None:
+    """The file, if it is a plain one; None where it is missing. ValueError where it is a link or larger than ours ever are."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ValueError(
-                f"{path}: is a link, and a report shows plain files alone; put the file itself there"
+                f"{path}: is a link, and only plain files of a run are read; put the file itself there"
             ) from None
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO):
-            return
+            return None
         raise
-    with open(descriptor, encoding="utf-8", errors="replace", newline="\n") as file:
-        about = os.fstat(descriptor)
-        if about.st_size > limit:
-            raise ValueError(
-                f"{path}: has {about.st_size:,} bytes, a report reads {limit:,} at most; remove or shorten this file"
-            )
-        if stat.S_ISREG(about.st_mode):
-            yield from file
+    file = open(descriptor, "rb")
+    about = os.fstat(descriptor)
+    if stat.S_ISREG(about.st_mode) and about.st_size <= limit:
+        return file
+    file.close()
+    if stat.S_ISREG(about.st_mode):
+        raise ValueError(
+            f"{path}: has {about.st_size:,} bytes, and {limit:,} are read at most; remove or shorten this file"
+        )
+    return None
+
+
+def _lines(path: Path, limit: int) -> Iterator[str]:
+    """The lines of a plain file; none where it is missing."""
+    if (file := open_plain(path, limit)) is not None:
+        with io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n") as text:
+            yield from text
 
 
 def _read_json(path: Path, shape: dict) -> dict:
     try:
-        return _fitting(json.loads("".join(_lines(path, TEXT_LIMIT)) or "{}"), shape)
+        return fitting(json.loads("".join(_lines(path, TEXT_LIMIT)) or "{}"), shape)
     except (json.JSONDecodeError, RecursionError):
         return {}
 

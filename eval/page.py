@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from eval.charts import escape
+from eval.charts import escape, run_look, swatch
 
 DASH = "–"
+RUNS_PER_TABLE = 6  # columns that can be read beside each other
+CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a report runs nothing and asks nobody
+
+
+def document(title: str, body: str, command: str) -> str:
+    """The whole page: `body` is HTML, `command` what writes it again."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    now = datetime.datetime.now()
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f'<meta http-equiv="Content-Security-Policy" content="{CSP}">'
+        f"<title>{escape(title)}</title><style>\n{style}</style></head><body><main>{body}"
+        f"<footer>Written by <code>{escape(command)}</code> on {now.day} {now:%B %Y, %H:%M}.</footer></main></body></html>\n"
+    )
+
+
+def headline(eyebrow: str, title: str, lead: str, notices: Sequence[str], tiles: Sequence[tuple[str, str]]) -> str:
+    """The top of a page; `tiles` are (value, what it is)."""
+    shown = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles
+    )
+    return (
+        f'<p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
+        + "".join(f'<p class="notice">{escape(notice)}</p>' for notice in notices)
+        + (f'<div class="tiles">{shown}</div>' if shown else "")
+    )
 
 
 def section(title: str, intro: str, parts: Sequence[str]) -> str:
@@ -55,7 +85,49 @@ def row(first: str, *numbers: str, strong: int = -1) -> str:
 
 
 def group_row(text: str, columns: int) -> str:
+    """A heading within a table."""
     return f'<tr class="group"><td colspan="{columns}">{escape(text)}</td></tr>'
+
+
+class Cell(NamedTuple):
+    """A number in a table that compares runs."""
+
+    text: str
+    small: str = ""  # beneath it
+    strong: bool = False
+
+
+def run_tables(names: Sequence[str], rows: Sequence[tuple[str | tuple[str, str], Sequence[Cell] | None]]) -> str:
+    """A column for each run, in a table for every few of them. A row is (what, cells), or (what, None) for a heading;
+    `what` may have a second, small text."""
+    if not any(cells for _, cells in rows):
+        return ""
+    tables, columns = [], math.ceil(len(names) / math.ceil(len(names) / RUNS_PER_TABLE))
+    for start in range(0, len(names), columns):
+        some = range(start, min(start + columns, len(names)))
+        looks = [run_look(i) for i in some]
+        heads = [
+            f'<th class="run">{swatch(colour, 1.0, dash)}{escape(names[i])}</th>'
+            for i, (colour, dash) in zip(some, looks)
+        ]
+        body = []
+        for what, cells in rows:
+            if cells is None:
+                body.append(group_row(str(what), len(some) + 1))
+                continue
+            title, note = what if isinstance(what, tuple) else (what, "")
+            small = f"<small>{escape(note)}</small>" if note else ""
+            body.append(f"<tr><td>{escape(title)}{small}</td>{''.join(_run_cell(cells[i]) for i in some)}</tr>")
+        head = f"<tr><th></th>{''.join(heads)}</tr>"
+        tables.append(
+            f'<div class="scroll"><table class="compared"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
+        )
+    return "".join(tables)
+
+
+def _run_cell(cell: Cell) -> str:
+    small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
+    return f'<td class="run{" strong" if cell.strong else ""}">{escape(cell.text)}{small}</td>'
 
 
 def words(key: object) -> str:
@@ -64,10 +136,12 @@ def words(key: object) -> str:
 
 
 def number(value: object, decimals: int) -> str:
+    """With so many decimals; a dash for what is no finite number."""
     return f"{value:,.{decimals}f}" if is_number(value) else DASH
 
 
 def percent(fraction: float) -> str:
+    """0.0123 -> 1.2 %, 0.5 -> 50 %."""
     value = 100 * fraction
     return f"{value:.1f}\u00a0%" if 0 < value < 9.95 else f"{value:.0f}\u00a0%"
 
@@ -80,6 +154,17 @@ def count(value: object) -> str:
         if value >= 0.9995 * size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
+
+
+def enumeration(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def spread(items: Sequence, n: int) -> list:
+    """At most n of them, evenly spread, the first and the last among them."""
+    last = len(items) - 1
+    return list(items) if len(items) <= n else [items[round(i * last / (n - 1))] for i in range(n)]
 
 
 def duration(seconds: float) -> str:
@@ -95,4 +180,5 @@ def duration(seconds: float) -> str:
 
 
 def is_number(value: object) -> bool:
+    """Whether it is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,6 +1,7 @@
 """The report: one self-contained HTML file that shows what a run learned and what its experts do.
 
     python -m eval.report runs/quickstart-sft          writes runs/quickstart-sft/report.html
+    python -m eval.report runs/moe runs/dense          compares them (eval/compare.py): writes runs/compare-moe-dense.html
 
 It reads files only and builds no model, so it takes seconds and works while a run is still going, on a dense run, and
 on a run that lacks parts: what is not there is left out. A fine-tuned run's report shows its pretraining too. Nothing is
@@ -9,8 +10,6 @@ loaded from a network: pictures are drawn by eval/charts.py, and all text of mod
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import math
 from pathlib import Path
 
@@ -18,38 +17,54 @@ import numpy as np
 import yaml
 
 from eval.charts import PALETTE, Line, escape, line_chart, smooth
+from eval.compare import write_comparison
+from eval.curves import FLOPS, against_everything, held_out_curve
 from eval.expert_pictures import final_load, load_over_training, router_curves, typical_tokens
+from eval.facts import (
+    best_source,
+    ceiling,
+    describe_device,
+    describe_model,
+    error_text,
+    flops_of_token,
+    is_share,
+    model_config,
+    parameters,
+    score_text,
+    tasks,
+    wanted_steps,
+)
 from eval.history import Stage, finite, read_lineage
 from eval.page import (
+    DASH,
     count,
     details,
+    document,
     duration,
+    enumeration,
     figure,
     group_row,
+    headline,
     is_number,
     number,
     pair,
     percent,
     row,
     section,
+    spread,
     table,
     words,
 )
-from model import ModelConfig
-from model.flops import total_count
 from train import cli
-from train.config import build
-from train.files import replace_file
-from train.metrics import without_home
+from train.files import replace_file, without_home
 
-CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a report runs nothing and asks nobody
-MOST_LAYERS = 10_000  # of a model whose parameters are counted, layer by layer
+MOST_CURVES = 24  # sources in one picture
 SAMPLES_OF_FIRST_PROMPT, SAMPLES_OF_OTHERS = 6, 2
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Writes RUN/report.html and returns its path. Raises ValueError where run_dir is no run folder."""
-    target = Path(run_dir) / "report.html"
+def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
+    """Writes the report (to RUN/report.html) and returns its path. Raises ValueError where run_dir is no run folder."""
+    target = out or Path(run_dir) / "report.html"
     replace_file(target, render(read_lineage(run_dir)))
     return target
 
@@ -67,7 +82,7 @@ def render(stages: list[Stage]) -> str:
         section(
             "How it learned",
             "The loss says how surprised the model is by the next token: lower is better.",
-            [_loss_charts(stage, stages) for stage in stages],
+            [*(_loss_charts(stage, stages) for stage in stages), *(_other_axes(stage, stages) for stage in stages)],
         ),
         section(
             "What the experts do",
@@ -82,15 +97,8 @@ def render(stages: list[Stage]) -> str:
             "How it was made", "", [_times(stages), _machine(run), *(_config(stage) for stage in reversed(stages))]
         ),
     ]
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    now = datetime.datetime.now()
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{CSP}">'
-        f"<title>{escape(run.name)} · MiniMoE report</title><style>\n{style}</style></head><body><main>{''.join(body)}"
-        f"<footer>Written by <code>python -m eval.report {escape(without_home(str(run.folder)))}</code> "
-        f"on {now.day} {now:%B %Y, %H:%M}.</footer></main></body></html>\n"
+    return document(
+        f"{run.name} · MiniMoE report", "".join(body), f"python -m eval.report {without_home(str(run.folder))}"
     )
 
 
@@ -99,47 +107,46 @@ def render(stages: list[Stage]) -> str:
 
 def _headline(stages: list[Stage]) -> str:
     run, first = stages[-1], stages[0]
-    model, seconds, tasks = _model_config(run), sum(stage.seconds for stage in stages), _tasks(run)
+    model, seconds = model_config(run), sum(stage.seconds for stage in stages)
 
     names = [source["name"] for source in first.section("data").get("sources") or [] if "name" in source]
-    sources = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-    story = f"{_describe_model(run, model)}, trained on {count(first.tokens_seen)} tokens" + f" of {sources}" * bool(
-        names
-    )
+    story = f"{describe_model(run, model)}, trained on {count(first.tokens_seen)} tokens"
+    story += f" of {enumeration(names)}" * bool(names)
     if len(stages) > 1:
         story += f", then fine-tuned on {count(run.tokens_seen)} tokens of {'conversations' if run.is_chat else 'further text'}"
-    device = _describe_device(run)
+    device = describe_device(run)
     story += f", in {duration(seconds)}" * bool(seconds) + f" on {device}" * bool(device) + "."
 
     tiles = []
     text_stage = next((stage for stage in reversed(stages) if not stage.is_chat), None)
-    if text_stage and (best := _best_source(text_stage)):
+    if text_stage and (best := best_source(text_stage)):
         tiles.append((number(best[1], 2), f"bits per byte on held-out {best[0]} (raw text takes 8)"))
-    for name, task in sorted(tasks.items(), key=lambda item: item[1]["trivial"] - item[1]["score"])[:2]:
+    shares = [(name, task) for name, task in tasks(run).items() if is_share(task) and is_number(task.get("chance"))]
+    for name, task in sorted(shares, key=lambda item: _baseline(item[1])[1] - item[1]["score"])[:2]:
+        word, value = _baseline(task)
         tiles.append(
-            (
-                percent(task["score"]),
-                f"{words(name)}, {task.get('n', 0):,} questions (trivial: {percent(task['trivial'])})",
-            )
+            (percent(task["score"]), f"{words(name)}, {task.get('n', 0):,} questions ({word}: {percent(value)})")
         )
-    if model:
-        total, active = total_count(model).total, total_count(model).active
+    total, active = parameters(model)
+    if total:
         tiles.append(
             (count(total), f"parameters, {count(active)} active for each token" if active < total else "parameters")
         )
     if seconds:
-        tiles.append((duration(seconds), f"of training, {sum(stage.last_step for stage in stages):,} optimizer steps"))
-    shown = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles
-    )
+        compute = [flops * stage.tokens_seen for stage in stages if (flops := flops_of_token(stage))]
+        text = f"of training, {sum(stage.last_step for stage in stages):,} optimizer steps"
+        text += f", {FLOPS.text(sum(compute))}" if len(compute) == len(stages) and sum(compute) > 0 else ""
+        tiles.append((duration(seconds), text))
+    wanted, notices = wanted_steps(run), []
+    if wanted and run.last_step < wanted:
+        notices.append(f"{run.last_step:,} of {wanted:,} steps are done: the report shows how far the run is.")
+    return headline("MiniMoE training report", run.name, story, notices, tiles)
 
-    wanted, notice = run.section("train").get("steps"), ""
-    if isinstance(wanted, int) and run.last_step < wanted:
-        notice = f'<p class="notice">{run.last_step:,} of {wanted:,} steps are done: the report shows how far the run is.</p>'
-    return (
-        f'<p class="eyebrow">MiniMoE training report</p><h1>{escape(run.name)}</h1><p class="lead">{escape(story)}</p>'
-        f'{notice}<div class="tiles">{shown}</div>'
-    )
+
+def _baseline(task: dict) -> tuple[str, float]:
+    """What a score is measured by: the best trivial answer, or chance where none is known."""
+    trivial = task.get("trivial")
+    return ("trivial", trivial) if is_number(trivial) else ("chance", task["chance"])
 
 
 def _held_out_table(stages: list[Stage]) -> str:
@@ -165,15 +172,17 @@ def _held_out_table(stages: list[Stage]) -> str:
 
 def _task_table(run: Stage) -> str:
     body = []
-    for name, task in _tasks(run).items():
-        marks = "".join(f'<u class="{kind}" style="left:{_clip(task[kind])}%"></u>' for kind in ("chance", "trivial"))
-        bar = f'<div class="bar"><i style="width:{_clip(task["score"])}%"></i>{marks}</div>'
-        error = f"± {100 * task['standard_error']:.1f}" if task.get("standard_error") else ""
+    for name, task in tasks(run).items():
+        share, marks = is_share(task), ""
+        if share:
+            known = [kind for kind in ("chance", "trivial") if is_number(task.get(kind))]
+            marks = "".join(f'<u class="{kind}" style="left:{_clip(task[kind])}%"></u>' for kind in known)
+        bar = f'<div class="bar"><i style="width:{_clip(task["score"])}%"></i>{marks}</div>' if share else ""
         cells = (
             ("", "", words(name), task.get("metric")),
-            ("number strong", "", percent(task["score"]), error),
-            ("number aside", "chance", percent(task["chance"]), ""),
-            ("number aside", "trivial answer", percent(task["trivial"]), task.get("trivial_name")),
+            ("number strong", "", score_text(task), error_text(task)),
+            ("number aside", "chance", _share_text(task, "chance"), ""),
+            ("number aside", "trivial answer", _share_text(task, "trivial"), task.get("trivial_name")),
             ("number aside", "questions", f"{task.get('n', 0):,}", ""),
         )
         parts = [
@@ -184,17 +193,22 @@ def _task_table(run: Stage) -> str:
     if not body:
         return ""
     key = (
-        '<div class="key"><span><i></i>right answers</span><span><u class="chance"></u>chance</span>'
+        '<div class="key"><span><i></i>score</span><span><u class="chance"></u>chance</span>'
         '<span><u class="trivial"></u>best trivial answer</span></div>'
     )
-    numbers = "".join(f'<th class="number">{text}</th>' for text in ("right", "chance", "trivial", "questions"))
+    numbers = "".join(f'<th class="number">{text}</th>' for text in ("score", "chance", "trivial", "questions"))
     return figure(
-        "Questions with a known answer",
+        "Tasks",
         f'{key}<table class="tasks"><thead><tr><th>task</th><th></th>{numbers}</tr></thead><tbody>{"".join(body)}</tbody></table>',
-        "Each task was asked with questions kept out of training. A bar that ends right of both marks is something the model "
-        "learned: chance is what guessing gets, the trivial answer is the best that needs no understanding. ± is one "
-        "standard error.",
+        "Our own tasks ask questions kept out of training, the others are those of the lm-evaluation-harness. A bar that ends "
+        "right of both marks is something the model learned: chance is what guessing gets, the trivial answer is the best that "
+        "needs no understanding. ± is one standard error.",
     )
+
+
+def _share_text(task: dict, kind: str) -> str:
+    value = task.get(kind)
+    return percent(value) if is_share(task) and is_number(value) else DASH
 
 
 def _loss_charts(stage: Stage, stages: list[Stage]) -> str:
@@ -208,13 +222,11 @@ def _loss_charts(stage: Stage, stages: list[Stage]) -> str:
         lines.append(Line("training, smoothed", steps, smooth(losses, max(5, len(steps) // 30)), PALETTE[0], width=2.2))
     lines.append(Line("held-out", held_steps, finite([r.get("loss") for r in stage.held_out]), PALETTE[1], dots=True))
     lines = [line for line in lines if any(map(math.isfinite, line.ys))]
-    ceiling, start = _ceiling(losses)
+    top, start = ceiling(losses)
     tokens = stage.section("train").get("tokens_per_step")
     loss = figure(
         f"Loss{what}",
-        line_chart(
-            lines, y_range=(None, ceiling), x_range=x_range, label=f"Loss{what}, nats per token, by optimizer step"
-        ),
+        line_chart(lines, y_range=(None, top), x_range=x_range, label=f"Loss{what}, nats per token, by optimizer step"),
         "Training loss is measured on what is being learned, held-out loss on text kept aside: while both fall together, "
         "the model learns what holds beyond its own text."
         + (f" One step is {tokens:,} tokens." if isinstance(tokens, int) else "")
@@ -233,14 +245,23 @@ def _loss_charts(stage: Stage, stages: list[Stage]) -> str:
     ]
     for i, line in enumerate(bits):
         line.colour = PALETTE[i % len(PALETTE)]
-    ceiling, _ = _ceiling([y for line in bits for y in line.ys]) if len(held_steps) > 4 else (None, None)
+    top, _ = ceiling([y for line in bits for y in line.ys]) if len(held_steps) > 4 else (None, None)
     by_source = figure(
         f"Bits per byte{what}",
-        line_chart(bits, y_range=(None, ceiling), x_range=x_range, label=f"Bits per byte{what} by optimizer step"),
+        line_chart(bits, y_range=(None, top), x_range=x_range, label=f"Bits per byte{what} by optimizer step"),
         "How well each held-out text is predicted, in bits for each byte of it: the same scale for every text and tokenizer."
         + (" Here only the answers count." if stage.is_chat else ""),
     )
     return pair(loss, by_source)
+
+
+def _other_axes(stage: Stage, stages: list[Stage]) -> str:
+    """The held-out curves once more, in a drawer, by what they cost."""
+    names = list(dict.fromkeys(name for row in stage.held_out for name in row.get("sources", {})))
+    curves = [held_out_curve(name, stage, name, place) for place, name in enumerate(names[:MOST_CURVES])]
+    content = against_everything(curves, "Bits per byte", "")
+    what = f" of {stage.name}" if len(stages) > 1 else ""
+    return details(f"Bits per byte{what} against tokens, compute and time", content) if content else ""
 
 
 def _samples(stage: Stage) -> str:
@@ -251,7 +272,7 @@ def _samples(stage: Stage) -> str:
         lines = [
             f'<div class="sample"><b>step {r["step"]:,}</b><p><span class="prompt">{escape(prompt)}</span>'
             f"{escape(r.get('text') or '')}</p></div>"
-            for r in _spread(rows, SAMPLES_OF_OTHERS if n else SAMPLES_OF_FIRST_PROMPT)
+            for r in spread(rows, SAMPLES_OF_OTHERS if n else SAMPLES_OF_FIRST_PROMPT)
         ]
         cards.append(figure("", "".join(lines), ""))
     if not cards:
@@ -267,7 +288,7 @@ def _samples(stage: Stage) -> str:
 def _conversations(run: Stage) -> str:
     newest = {r.get("prompt") or "": r for r in run.samples} if run.is_chat else {}
     chats, more = [_chat(prompt, r.get("text") or "", "") for prompt, r in newest.items()], []
-    for name, task in _tasks(run).items():
+    for name, task in tasks(run).items():
         for n, example in enumerate(task.get("examples") or []):
             score, wanted = example.get("score") or 0, example.get("wanted", "")
             verdict = "right" if score == 1 else f"{percent(score) if score else 'not'} right, wanted: {wanted}"
@@ -325,69 +346,6 @@ def _config(stage: Stage) -> str:
 # What the parts are made of.
 
 
-def _tasks(run: Stage) -> dict[str, dict]:
-    """Tasks with their three numbers; one that lacks any of them is left out."""
-    found = run.evaluation.get("tasks") or {}
-    return {
-        name: task
-        for name, task in found.items()
-        if all(is_number(task.get(key)) for key in ("score", "chance", "trivial"))
-    }
-
-
-def _best_source(stage: Stage) -> tuple[str, float] | None:
-    """The source for the headline: eval.best_source, otherwise the first with bits per byte."""
-    measured = {name: f["bits_per_byte"] for name, f in stage.sources().items() if is_number(f.get("bits_per_byte"))}
-    wanted = stage.section("eval").get("best_source")
-    name = wanted if wanted in measured else next(iter(measured), None)
-    return (name, measured[name]) if name else None
-
-
-def _ceiling(values: list[float]) -> tuple[float | None, float | None]:
-    """(top of the picture, largest value) where the first few percent of a curve would flatten the rest, else (None, None)."""
-    good = [y for y in values if math.isfinite(y)]
-    if len(good) < 4:
-        return None, None
-    low, high = min(good), float(np.quantile(good, 0.94))
-    high += 0.35 * (high - low)
-    return (high, max(good)) if max(good) > high + 0.5 * (high - low) else (None, None)
-
-
-def _model_config(run: Stage) -> ModelConfig | None:
-    """The config's model section; None where it is missing or of another version: a report then does without."""
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    tree = {key: value for key, value in run.section("model").items() if key in known}
-    try:
-        model = build(ModelConfig, tree, "model") if tree else None
-    except ValueError:
-        return None
-    return model if model and model.num_hidden_layers <= MOST_LAYERS else None
-
-
-def _describe_model(run: Stage, model: ModelConfig | None) -> str:
-    kind = "A chat model" if run.is_chat else "A language model"
-    if model is None:
-        return kind
-    if not model.moe_layers:
-        return f"{kind} of {model.num_hidden_layers} dense layers"
-    dense = model.num_hidden_layers - len(model.moe_layers)
-    layers = f"{model.num_hidden_layers} layers" + (f" ({dense} dense, the others" if dense else "")
-    shared = f" beside {model.n_shared_experts} shared" if model.n_shared_experts else ""
-    experts = f"with {model.n_routed_experts} experts each, {model.num_experts_per_tok} at work on a token{shared}"
-    return f"{kind} of {layers} {experts}" + (")" if dense else "")
-
-
-def _describe_device(run: Stage) -> str:
-    machine = run.run.get("machine") or {}
-    processes, device = machine.get("processes") or 1, machine.get("device") or ""
-    return f"{processes} processes on {device}" if device and processes > 1 else str(device)
-
-
-def _spread(rows: list[dict], n: int) -> list[dict]:
-    """At most n rows, evenly spread, the first and the last among them."""
-    return rows if len(rows) <= n else [rows[round(i)] for i in np.linspace(0, len(rows) - 1, n)]
-
-
 def _plain(value: object) -> str:
     if isinstance(value, (dict, list)):
         return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
@@ -400,11 +358,28 @@ def _clip(fraction: float) -> str:
 
 def main() -> int:
     parser = cli.parser(
-        "Writes RUN/report.html: what a run learned and what its experts do.",
-        "python -m eval.report runs/quickstart-sft",
+        "Writes what a run learned and what its experts do as one HTML file; of several runs, a page that compares them.",
+        "python -m eval.report runs/quickstart-sft              writes runs/quickstart-sft/report.html\n"
+        "  python -m eval.report runs/moe runs/dense              writes runs/compare-moe-dense.html",
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    print(write_report(parser.parse_args().run))
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write the page")
+    parser.add_argument(
+        "--wandb", action="store_true", help="keep the page in each run's wandb run too, as an artifact"
+    )
+    options = parser.parse_args()
+    if options.out is not None and (options.out.is_dir() or options.out.suffix.lower() not in (".html", ".htm")):
+        raise ValueError(f"--out: {options.out} is no name of a page; give a file that ends with .html")
+    if len(options.runs) == 1:
+        page = write_report(options.runs[0], options.out)
+    else:
+        page = write_comparison(options.runs, options.out)
+    print(page)
+    if options.wandb:
+        from train.trackers import publish
+
+        for run in options.runs:
+            print(publish(run, [page]))
     return 0
 
 
