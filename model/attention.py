@@ -31,6 +31,7 @@ class KVCache:
         self.real = torch.ones(batch_size, max_length, dtype=torch.bool, device=device)  # False: padding
         self.has_padding = False
         self.length = 0
+        self.mask: Tensor | None = None  # (B, 1, 1, S) bool, where rows end at different places (model/batching.py)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, Hkv, T, head_dim) behind what is there; returns all keys and values so far."""
@@ -50,6 +51,8 @@ def attention_mask_for(
     attention_mask (B, T) bool marks real tokens; document_ids (B, T) int64 keep attention inside a document. Every query
     sees itself at least, so that a row of padding stays finite.
     """
+    if cache is not None and cache.mask is not None:
+        return cache.mask
     past = cache.length if cache is not None else 0
     padded = attention_mask is not None or (cache is not None and cache.has_padding)
     if not padded and document_ids is None and (past == 0 or T == 1):

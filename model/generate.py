@@ -12,6 +12,10 @@ from model.attention import KVCache
 from model.decoder import MoEForCausalLM
 from model.products import without_autocast
 
+NOT_A_NUMBER = (
+    "the model's output is not a number: its training diverged, or its weights are damaged; use another checkpoint"
+)
+
 
 def generate(
     model: MoEForCausalLM,
@@ -74,7 +78,7 @@ def _decode(
     seed: int,
 ) -> Iterator[list[int]]:
     """One new token per prompt and step, until `max_new_tokens` or the context is full."""
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    check(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     device = model.embed_tokens.weight.device
     B, longest = len(prompts), max(len(prompt) for prompt in prompts)
     ids = torch.zeros(B, longest, dtype=torch.int64)
@@ -87,41 +91,44 @@ def _decode(
     seen = seen.scatter_add_(1, ids, real.long()) > 0  # added, because padding shares its id with a real token
 
     room = min(max_new_tokens, model.config.max_position_embeddings - longest)
-    autocast = torch.is_autocast_enabled(device.type) and device.type != "cpu"
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, B, longest + room, device, dtype)
+    cache = KVCache(model.config, B, longest + room, device, cache_dtype(model))
     ragged = not bool(real.all())
     generator = torch.Generator(device).manual_seed(seed)
     for step in range(room):
-        with torch.inference_mode(), _weights_as_they_are(device):
+        with torch.inference_mode(), weights_as_they_are(device):
             mask = (real if step == 0 else torch.ones_like(ids, dtype=torch.bool)) if ragged else None
             hidden, _ = model._hidden_states(ids, mask, None, None, cache)
             logits = model.lm_head(hidden[:, -1]).float()  # (B, V)
-            logits = _penalise(logits, seen, repetition_penalty)
+            logits = penalise(logits, seen, repetition_penalty)
             if not torch.isfinite(logits).all():
-                raise ValueError(
-                    "the model's output is not a number: its training diverged, or its weights are damaged; use another checkpoint"
-                )
-            tokens = _sample(logits, temperature, top_k, top_p, generator)  # (B,)
+                raise ValueError(NOT_A_NUMBER)
+            tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             seen.scatter_(1, tokens.unsqueeze(1), True)
             ids = tokens.unsqueeze(1)
         yield tokens.tolist()
 
 
-def _weights_as_they_are(device: torch.device) -> AbstractContextManager:
+def weights_as_they_are(device: torch.device) -> AbstractContextManager:
     """On a CPU a token is bound by reading the weights, and casting them first takes longer than the products: 4.5 ms a
     token under autocast, 2.9 ms without (docs/decisions.md)."""
     return without_autocast(device) if device.type == "cpu" else nullcontext()
 
 
-def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def cache_dtype(model: MoEForCausalLM) -> torch.dtype:
+    """That of the queries: autocast's where it is on and used, else the weights'."""
+    device = model.embed_tokens.weight.device
+    autocast = torch.is_autocast_enabled(device.type) and device.type != "cpu"
+    return torch.get_autocast_dtype(device.type) if autocast else model.embed_tokens.weight.dtype
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Repetition penalty (CTRL, arXiv 1909.05858): scores of seen tokens are divided (if positive) or multiplied."""
     if penalty == 1.0:
         return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """(B, V) -> (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -136,7 +143,7 @@ def _sample(logits: Tensor, temperature: float, top_k: int, top_p: float, genera
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
-def _check(
+def check(
     model: MoEForCausalLM,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -145,6 +152,7 @@ def _check(
     top_p: float,
     repetition_penalty: float,
 ) -> None:
+    """ValueError for a prompt that does not fit, or an option out of range, naming it."""
     limit = model.config.max_position_embeddings
     for prompt in prompts:
         if not 0 < len(prompt) < limit:
