@@ -105,21 +105,28 @@ def task_table(stages: Sequence[Stage], names: Sequence[str]) -> str:
     for task in dict.fromkeys(name for each in found for name in each):
         of_runs = [each.get(task) for each in found]
         known = [t for t in of_runs if t]
-        best = (min if known[0].get("higher_is_better") is False else max)(t["score"] for t in known)
-        unequal = len({t["score"] for t in known}) > 1
-        cells = [
-            Cell(score_text(t), error_text(t), unequal and t["score"] == best) if t else Cell(DASH) for t in of_runs
-        ]
-        floor = next((t for t in known if is_share(t) and is_number(t.get("chance"))), None)
-        by = ("trivial" if is_number(floor.get("trivial")) else "chance") if floor else ""
-        note = f"{by} {percent(floor[by])}" if floor else known[0].get("metric", "")
+        cells = [Cell(score_text(t), error_text(t), _is_ahead(t, known)) if t else Cell(DASH) for t in of_runs]
+        share = next((t for t in known if is_share(t)), {})
+        floors = [f"{by} {percent(share[by])}" for by in ("chance", "trivial") if is_number(share.get(by))]
+        note = ", ".join(floors) or known[0].get("metric", "")
         rows.append(((words(task), note), cells))
     return figure(
         "Tasks",
         run_tables(names, rows),
-        "Scores with one standard error (±). Two runs differ for certain where their scores are more than about three standard "
-        "errors apart. Chance is what guessing gets; trivial, the best answer that needs no understanding.",
+        "Scores with one standard error (±). One stands out where it is ahead of all others by more than two standard errors of "
+        "the difference. Chance is what guessing gets; trivial, the best answer that needs no understanding.",
     )
+
+
+def _is_ahead(task: dict, all_runs: Sequence[dict]) -> bool:
+    sign = -1 if task.get("higher_is_better") is False else 1
+    others = [other for other in all_runs if other is not task]
+    doubt = task.get("standard_error") or 0.0
+    leads = [
+        (sign * (task["score"] - other["score"]), math.hypot(doubt, other.get("standard_error") or 0.0))
+        for other in others
+    ]
+    return bool(leads) and all(lead > 2 * error for lead, error in leads)
 
 
 def cost_table(stages: Sequence[Stage], names: Sequence[str]) -> str:

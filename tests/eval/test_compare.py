@@ -263,6 +263,17 @@ def test_tasks_with_and_without_a_share(tmp_path):
     assert page.found["Tasks"]["wikitext|word_perplexity"][1:] == ["31.25", "–", "–", "62"]
 
 
+def test_a_lead_within_the_error_is_no_lead(tmp_path):
+    runs = [make_run(tmp_path / name, steps=50) for name in "abc"]
+    for run, score in zip(runs, (0.5, 0.52, 0.4), strict=True):
+        near = {"score": score, "standard_error": 0.02, "chance": 0.25, "trivial": 0.3, "n": 600, "metric": "acc"}
+        sure = near | {"standard_error": 0.005}
+        edit(run, "evaluation.json", lambda e, t={"near": near, "sure": sure}: {**e, "tasks": t})
+    _, tables, _ = compare(*runs)
+    name = "|chance 25\u00a0%, trivial 30\u00a0%"
+    assert [place for title, *place in tables.strong if title == "Tasks"] == [["sure" + name, 2]]
+
+
 def test_sources_of_a_config_are_compared_by_name(tmp_path):
     a, b = make_run(tmp_path / "a", steps=50), make_run(tmp_path / "b", steps=50)
 

@@ -387,6 +387,7 @@ class Terminal:
             stdout=self.other,
             stderr=self.other,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
         )
         self.text = ""
 
@@ -414,11 +415,13 @@ class Terminal:
 
     def end(self) -> int:
         """The exit code; everything that was still said is in `text`. Reads all the while: a full terminal holds its writer up."""
-        with contextlib.suppress(TimeoutError):
-            self.read(lambda _: False, seconds=0.3)
-        while self.process.poll() is None:
+        deadline = time.monotonic() + 90
+        ended = False
+        while not ended:
+            ended = self.process.poll() is not None  # and once more after the end
             with contextlib.suppress(TimeoutError):
                 self.read(lambda _: False, seconds=0.3)
+            assert time.monotonic() < deadline, f"still going: {self.text[-2000:]}"
         return self.process.returncode
 
     def close(self) -> None:
@@ -447,10 +450,15 @@ def test_in_a_terminal_it_follows_the_run_and_the_window_and_ends_by_control_c(t
         os.kill(terminal.process.pid, signal.SIGTSTP)
         terminal.read(lambda text: text.endswith(RESTORED[0]))
         n = len(terminal.frames())
-        while "T" not in Path(f"/proc/{terminal.process.pid}/stat").read_text().rpartition(")")[2].split()[0]:
+        deadline = time.monotonic() + 30
+        while (
+            time.monotonic() < deadline
+            and "T" not in Path(f"/proc/{terminal.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        ):
             time.sleep(0.01)
         os.kill(terminal.process.pid, signal.SIGCONT)
         terminal.read(lambda _: len(terminal.frames()) > n)
+        assert terminal.text.count("\x1b[?1049h") == 2, "back on its own screen"
         os.kill(terminal.process.pid, signal.SIGINT)
         assert terminal.end() == 0
     after = terminal.text.rpartition(RESTORED[0])
