@@ -159,7 +159,15 @@ def test_the_cache_grows_and_goes_back(tiny_model, monkeypatch):
     for _ in range(6):
         batch.join(Row([1] * 40, Sampling(64)))
     assert 6 * 64 == batch.cache.layers[0][:6, 0, :, 0].numel(), "the context bounds it"
-    assert sum(layer[:6].nbytes for layer in batch.cache.layers) == batching.cache_bytes(model, 6)
+    assert sum(layer.nbytes for layer in batch.cache.layers) == batching.cache_bytes(model, 6), "8 slots"
+
+
+def test_a_bfloat16_model_is_batched(tiny_model):
+    """Half the memory; rounded so coarsely that company may change a word, but not that words come."""
+    model = tiny_model(dtype=torch.bfloat16).eval()
+    rows = some_rows(6, 4)
+    events = run(Batch(model), rows)
+    assert [len(tokens(events[row])) for row in rows] == [len(alone(model, row)) for row in rows]
 
 
 def test_penalties_follow_what_was_said(tiny_model):

@@ -110,8 +110,8 @@ def test_a_stream_is_the_answer_in_pieces(serve):
     assert "usage" not in plain[-1] and plain[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_stop_string_ends_the_answer_across_tokens(serve):
-    client, run, _ = serve()
+def test_a_stop_string_ends_the_answer_across_tokens(serve, monkeypatch):
+    client, run, engine = serve()
     free = client.post(CHAT, json={"messages": QUESTION, "max_tokens": 60, "seed": 2}).json()["choices"][0]["message"][
         "content"
     ]
@@ -124,6 +124,10 @@ def test_a_stop_string_ends_the_answer_across_tokens(serve):
         choice = answer["choices"][0]
         assert choice["message"]["content"] == free[: free.index(stop)] and choice["finish_reason"] == "stop"
         assert answer["usage"]["completion_tokens"] < 60
+    left, abandon = [], engine.abandon
+    monkeypatch.setattr(engine, "abandon", lambda rows: left.append(len(rows)) or abandon(rows))
+    client.post(CHAT, json={"messages": QUESTION, "max_tokens": 60, "seed": 2, "stop": stop, "n": 2})
+    assert left[0] == 1, "it leaves the batch there and then, whatever the others do"
 
 
 def test_experts_are_told_beside_the_answer(serve):
