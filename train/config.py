@@ -110,8 +110,10 @@ class EvalConfig:
 
 @dataclass
 class WandbConfig:
-    mode: str = field(default="disabled", metadata={"choices": ("disabled", "offline", "online")})
-    project: str = "minimoe"
+    mode: str = field(
+        default="disabled", metadata={"choices": ("disabled", "offline", "online")}
+    )  # offline: files in RUN/wandb, for `wandb sync`
+    project: str = "minimoe"  # where wandb shows the run
     group: str | None = None  # runs shown together
 
 
@@ -126,6 +128,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # RUN/tensorboard/ as well, for `tensorboard --logdir runs`
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):

@@ -1,25 +1,19 @@
-"""Where numbers go: metrics.jsonl (appended, never rewritten), the console with log.txt, and wandb if the config says so."""
+"""Where numbers go: metrics.jsonl (appended, never rewritten), the console with log.txt, and the trackers of the config."""
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import math
 import os
-import re
-import secrets
 import select
-import stat
 import sys
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from train.config import RunConfig, to_dict
-
-WANDB_SECONDS = 30  # that wandb may take to reach its server at the start, and again to finish uploading at the end
+from train.config import RunConfig
+from train.files import open_plain, without_home
+from train.trackers import Beside, Earlier, start_trackers
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -43,26 +37,12 @@ def read_rows(path: Path) -> list[dict]:
 def append_row(path: Path, row: dict) -> None:
     """Adds one JSON line. A line that a kill left unfinished is closed first."""
     line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "ab+", opener=_open_plain) as file:
+    with open(path, "ab+", opener=open_plain) as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = "\n" + line
         file.write(line.encode("utf-8"))
-
-
-def _open_plain(path: str, flags: int) -> int:
-    """An opener for files of a run: a plain file, never what a link leads to, nor a pipe that would wait for a reader."""
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
-            raise
-    else:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-    raise ValueError(f"{path}: is a link or a device, and a run writes to plain files alone; remove it")
 
 
 def _finite(value: object) -> object:
@@ -74,22 +54,34 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_earlier(run_dir: Path, step: int) -> Earlier:
+    """What the run had logged up to `step`, each thing once."""
+    rows = {(row.get("kind"), row["step"]): row for row in _up_to(step, run_dir / "metrics.jsonl")}
+    samples = {(row.get("prompt"), row["step"]): row for row in _up_to(step, run_dir / "samples.jsonl")}
+    return Earlier(step, list(rows.values()), list(samples.values()))
+
+
+def _up_to(step: int, path: Path) -> list[dict]:
+    return [row for row in read_rows(path) if isinstance(row.get("step"), int) and row["step"] <= step]
+
+
 class Reporter:
     """The run's voice, on rank 0; on other ranks every method does nothing.
 
-    `say` prints and keeps in log.txt, `log` adds a row to metrics.jsonl and wandb, `progress` moves tqdm's bar. A context
-    manager: leaving it closes the bar and wandb whatever happened. OSError where the disk refuses a line; after the first
-    one nothing more is written, so that the last words of a run that ends for it are still printed.
+    `say` prints and keeps in log.txt, `log` adds a row to metrics.jsonl and tells the trackers (wandb, TensorBoard),
+    `progress` moves tqdm's bar. A context manager: leaving it closes the bar and the trackers whatever happened. OSError
+    where the disk refuses a line; after the first one nothing more is written, so that the last words of a run that ends
+    for it are still printed.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, steps: int, start: int, speaks: bool) -> None:
         self.speaks, self.run_dir = speaks, run_dir
-        self._wandb = self._bar = None
+        self._bar = None
+        self._trackers: list[Beside] = []
         self._disk_refused = False
         if not speaks:
             return
-        if config.wandb.mode != "disabled":
-            self._wandb = _start_wandb(config, run_dir, self.say)
+        self._trackers = start_trackers(config, run_dir, lambda: read_earlier(run_dir, start))
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -111,13 +103,14 @@ class Reporter:
         if not self.speaks:
             return
         self._write(append_row, "metrics.jsonl", row)
-        if self._wandb is not None:
-            self._to_wandb(lambda run: run.log(_flat(row)))
+        self._tell("log", row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Keeps a sample in samples.jsonl and says it."""
         if self.speaks:
-            self._write(append_row, "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+            sample = {"step": step, "prompt": prompt, "text": text}
+            self._write(append_row, "samples.jsonl", sample)
+            self._tell("sample", sample)
             self.say(f"  {prompt!r} -> {text!r}")
 
     def progress(self) -> None:
@@ -125,13 +118,14 @@ class Reporter:
             self._show(self._bar.update)
 
     def close(self, failed: bool = False) -> None:
-        """Closes the bar and wandb, which is told whether the run failed. A second call does nothing."""
+        """Closes the bar and the trackers, which are told whether the run failed. A second call does nothing."""
         if self._bar is not None:
             self._show(self._bar.close)
         self._bar = None
-        if self._wandb is not None:
-            self._to_wandb(lambda run: run.finish(exit_code=int(failed)))
-        self._wandb = None
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            tracker.close(failed)
+            self._say_notes(tracker)
 
     def _show(self, write: Callable[[], object]) -> None:
         """A console that is gone (a closed terminal, a pipe that nobody reads) ends no run: log.txt has every line."""
@@ -150,13 +144,15 @@ class Reporter:
             self._disk_refused = True
             raise
 
-    def _to_wandb(self, call: Callable[[typing.Any], None]) -> None:
-        """wandb is a guest: what goes wrong with it is said once, and the run goes on without it."""
-        try:
-            call(self._wandb)
-        except Exception as error:
-            self._wandb = None
-            self.say(f"wandb: {_one_line(error)}; the run goes on without it, metrics.jsonl has every row")
+    def _tell(self, method: str, *arguments: object) -> None:
+        for tracker in self._trackers:
+            tracker.tell(method, *arguments)
+            self._say_notes(tracker)
+
+    def _say_notes(self, tracker: Beside) -> None:
+        """What a tracker's thread wants to be said: said here, because the disk may refuse a line of log.txt."""
+        while not tracker.notes.empty():
+            self.say(tracker.notes.get())
 
 
 def _leave_dead_console() -> None:
@@ -171,117 +167,5 @@ def _leave_dead_console() -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8", opener=_open_plain) as file:
+    with open(path, "a", encoding="utf-8", opener=open_plain) as file:
         file.write(text)
-
-
-def _start_wandb(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> object:
-    """The run's wandb run: the same one again after a resume. Online without a key, or without a network, goes offline and says so."""
-    mode = config.wandb.mode
-    os.environ.setdefault(
-        "WANDB_ERROR_REPORTING", "false"
-    )  # read when wandb is imported: no crash reports to its makers
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            f"wandb.mode: {mode!r} needs wandb; run: pip install wandb, or set wandb.mode to disabled"
-        ) from None
-    if (run_dir / "wandb").is_symlink():
-        raise ValueError(f"{run_dir / 'wandb'}: is a link, and a run writes to plain files alone; remove it")
-    run_id = _wandb_id(run_dir / "wandb_id")
-
-    def start(mode: str) -> typing.Any:
-        return wandb.init(
-            project=config.wandb.project, group=config.wandb.group, name=config.name, id=run_id, resume="allow", mode=mode,
-            dir=os.path.relpath(run_dir), config=_map_texts(to_dict(config), without_home), settings=_discreet_settings(wandb),
-        )  # fmt: skip
-
-    run = None
-    if mode == "online":
-        try:
-            if wandb.login(prompt=False, verify=False, timeout=WANDB_SECONDS):
-                run = start(mode)
-            else:
-                say(
-                    "wandb: no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline; `wandb sync` uploads it"
-                )
-        except Exception as error:  # of many kinds: no network, a server that does not answer, a key it does not take
-            say(f"wandb: {_one_line(error)}; so this run is logged offline; `wandb sync` uploads it")
-            wandb.teardown()  # or its background process holds on to the run's id
-    try:
-        run = run or start("offline")
-    except Exception as error:
-        raise ValueError(
-            f"wandb.mode: {mode!r}: wandb could not start ({_one_line(error)}); set wandb.mode to offline or disabled"
-        ) from None
-    logging.getLogger("wandb").setLevel(logging.CRITICAL)  # its log lies in the run folder, and tracebacks name folders
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")  # a resumed run goes back some steps; wandb's own counter may not
-    for link in run_dir.glob("wandb/*/logs/debug-core.log"):
-        link.unlink(missing_ok=True)  # it leads into the home folder
-    return run
-
-
-def _discreet_settings(wandb: types.ModuleType) -> object:
-    """wandb notes where and by whom it is run. None of it is for a run folder that moves, or for a server.
-
-    What remains: versions of wandb and Python, the operating system, times, and what the config and the rows say.
-    """
-    try:
-        return wandb.Settings(
-            disable_code=True, disable_git=True, save_code=False, x_save_requirements=False,  # the program
-            host="", username="", email="", docker="", program="minimoe", x_disable_machine_info=True, x_disable_meta=True,
-            x_disable_stats=True,  # it asks a cloud's metadata address which machine this is; our rows have speed and memory
-            console="off", symlink=False, use_dot_wandb=False,  # log.txt has what is said; no links within the run folder
-            init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS,
-        )  # fmt: skip
-    except Exception as error:
-        raise ValueError(
-            f"wandb {wandb.__version__} does not take the settings that keep names of machines and people out of its files "
-            f"({_one_line(error)}); pip install wandb==0.31.0, or set wandb.mode to disabled"
-        ) from None
-
-
-def _wandb_id(path: Path) -> str:
-    """The name under which wandb knows this run, made when it is first wanted."""
-    with open(path, "a+", encoding="utf-8", opener=_open_plain) as file:
-        file.seek(0)
-        run_id = file.read(100).strip()
-        if not run_id:  # new, or cut off by a kill
-            run_id = secrets.token_hex(4)
-            file.write(run_id)
-    if not re.fullmatch("[0-9a-z]{8}", run_id):
-        raise ValueError(f"{path}: {run_id!r} is no id of ours, which are eight letters and digits; remove this file")
-    return run_id
-
-
-def without_home(text: str) -> str:
-    """The text with ~ for the home folder: logs and reports are passed on, and need not tell whose they are."""
-    home = os.path.expanduser("~")
-    return text.replace(home, "~") if len(home) > 1 else text
-
-
-def _map_texts(value: object, change: Callable[[str], str]) -> typing.Any:
-    if isinstance(value, dict):
-        return {key: _map_texts(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_texts(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def _flat(row: dict, prefix: str = "") -> dict:
-    """Nested mappings as a/b keys; lists of numbers become a mapping by index."""
-    flat = {}
-    for key, value in row.items():
-        if isinstance(value, list):
-            value = {str(i): item for i, item in enumerate(value)}
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -33,8 +33,8 @@ from train.validate import loss_that_decides
 # What may change when a run goes on: how it is executed and watched, not what it computes.
 FREE_SECTIONS = ("eval", "wandb")
 FREE_KEYS = frozenset(
-    ("name", "runs_dir", "data.cache_dir", "data.verify", "tokenizer.path", "model.expert_backend", "train.steps", "train.epochs",
-     "train.micro_batch_size", "train.device", "train.threads", "train.precision", "train.compile",
+    ("name", "runs_dir", "tensorboard", "data.cache_dir", "data.verify", "tokenizer.path", "model.expert_backend", "train.steps",
+     "train.epochs", "train.micro_batch_size", "train.device", "train.threads", "train.precision", "train.compile",
      "train.activation_checkpointing", "train.deterministic", "train.checkpoint_every", "train.keep_checkpoints",
      "train.keep_every", "train.async_checkpoint", "train.stall_timeout", "train.log_every", "train.max_bad_steps",
      "train.init_from")
@@ -47,7 +47,8 @@ FREE_SOURCE_KEYS = (
 )  # where a source's text lies: what it says is compared by content
 
 # What training writes into; none may be a link, which could lead anywhere.
-OWN = (".lock", "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "log.txt", "tokenizer", "checkpoints", "wandb", "wandb_id")  # fmt: skip
+OWN = (".lock", "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "log.txt", "tokenizer", "checkpoints", "wandb", "wandb_id",
+       "tensorboard")  # fmt: skip
 
 
 class RunFolder:

@@ -19,7 +19,9 @@ import pytest
 import yaml
 
 from train.config import RunConfig, WandbConfig
-from train.metrics import Reporter, append_row, read_rows, without_home
+from train.files import without_home
+from train.metrics import Reporter, append_row, read_rows
+from train.trackers import Beside, Earlier, Tracker
 
 from ..train.conftest import ROOT, environment
 from .attempts import attempt
@@ -132,11 +134,15 @@ def test_a_run_folder_knows_nothing_of_who_made_it_and_where(home):
 
 
 @pytest.mark.slow
-def test_nor_does_wandb_offline(home):
-    """Real commands and the real wandb, whose own files are searched too."""
-    for arguments in (COMMANDS[0] + ("wandb.mode=offline",), COMMANDS[2]):
+def test_nor_do_wandb_offline_and_tensorboard(home):
+    """Real commands and the real packages, whose own files are searched too; a published report among them."""
+    for arguments in (COMMANDS[0] + ("wandb.mode=offline", "tensorboard=true"), COMMANDS[2]):
         result = command(home, "-m", *arguments)
         assert result.returncode == 0, result.stderr
+    published = "from train.trackers import publish; publish('runs/pre', ['runs/pre/report.html'])"
+    result = command(home, "-c", published)
+    assert result.returncode == 0, result.stderr
+    assert any((home / "lab/runs/pre").glob("tensorboard/events.out.tfevents.*"))
     assert any((home / "lab/runs/pre").glob("wandb/offline-run-*/run-*.wandb"))
     assert not traces(home / "lab/runs/pre") + traces(home / "lab/cache")
 
@@ -172,16 +178,19 @@ def test_the_home_folder_is_shown_as_a_tilde(monkeypatch):
 # ---- wandb's server -----------------------------------------------------------------------------------------------------
 
 REPORTS = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
-import train.metrics
+import train.wandb_tracker
 from train.config import RunConfig, WandbConfig
-train.metrics.WANDB_SECONDS = float(sys.argv[2])
+from train.metrics import Reporter
+train.wandb_tracker.WANDB_SECONDS = float(sys.argv[2])
 Path(sys.argv[1]).mkdir(parents=True)
-with train.metrics.Reporter(RunConfig(name="x", wandb=WandbConfig(mode="online")), Path(sys.argv[1]), 10, 0, True) as reporter:
+with Reporter(RunConfig(name="x", wandb=WandbConfig(mode="online")), Path(sys.argv[1]), 10, 0, True) as reporter:
     for step in range(1, 31):
         reporter.log({"kind": "train", "step": step, "loss": 2.0})
         if step == 10 and "kill" in sys.argv:
+            while reporter._trackers[0].notes.empty():  # it says where it is when it is there
+                time.sleep(0.05)
             for stat in Path("/proc").glob("[0-9]*/stat"):
                 name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
                 if int(rest.split()[1]) == os.getpid():
@@ -282,8 +291,10 @@ def test_training_goes_on_whatever_happens_to_wandb(home, server):
 # ---- the Reporter and its files -------------------------------------------------------------------------------------------
 
 
-class Guest:
-    """Stands where wandb's run would."""
+class Guest(Tracker):
+    """Stands where wandb would."""
+
+    name = "guest"
 
     def __init__(self, fails: bool = False) -> None:
         self.fails, self.ended = fails, []
@@ -292,31 +303,33 @@ class Guest:
         if self.fails:
             raise ConnectionResetError("gone")
 
-    def finish(self, exit_code: int) -> None:
-        self.ended.append(exit_code)
+    def close(self, failed: bool) -> None:
+        self.ended.append(failed)
 
 
 def reporter_in(folder: Path) -> Reporter:
     return Reporter(RunConfig(wandb=WandbConfig()), folder, steps=10, start=0, speaks=True)
 
 
-@pytest.mark.parametrize(("error", "code"), [(None, 0), (ValueError, 1), (KeyboardInterrupt, 1), (SystemExit, 1)])
-def test_leaving_the_reporter_closes_wandb_whatever_happened(tmp_path, error, code):
+@pytest.mark.parametrize(
+    ("error", "failed"), [(None, False), (ValueError, True), (KeyboardInterrupt, True), (SystemExit, True)]
+)
+def test_leaving_the_reporter_closes_its_trackers_whatever_happened(tmp_path, error, failed):
     guest = Guest()
     try:
         with reporter_in(tmp_path) as reporter:
-            reporter._wandb = guest
+            reporter._trackers = [Beside(guest, lambda: Earlier(0, [], []))]
             if error is not None:
                 raise error("x")
     except BaseException as caught:
         assert type(caught) is error
     reporter.close()
-    assert guest.ended == [code], "once, with the right code"
+    assert guest.ended == [failed], "once, and told whether the run failed"
 
 
 def test_a_guest_that_fails_is_dropped_and_said_once(tmp_path, capsys):
     with reporter_in(tmp_path) as reporter:
-        reporter._wandb = Guest(fails=True)
+        reporter._trackers = [Beside(Guest(fails=True), lambda: Earlier(0, [], []))]
         for step in (1, 2, 3):
             reporter.log({"kind": "train", "step": step})
     assert rows_of(tmp_path) == [1, 2, 3]
