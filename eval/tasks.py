@@ -35,6 +35,8 @@ N_EXAMPLES = 3  # answers kept in the result, to look at
 
 @dataclass(frozen=True)
 class Item:
+    """One question, its answer, and where it is a choice, the others."""
+
     messages: list[dict[str, str]]  # the question: ends with the user's turn
     answer: str
     choices: list[str] | None = None  # the answer among others; None: an answer is generated
@@ -42,6 +44,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
+    """A kind of question with a known answer, and what its score is to be compared with."""
+
     name: str
     metric: str  # what the score means
     items: list[Item]

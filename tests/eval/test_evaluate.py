@@ -98,6 +98,6 @@ def test_a_run_that_is_not_there_names_its_path(monkeypatch, tmp_path):
 
 
 def test_choose_tasks():
-    assert evaluate.choose_tasks(None, is_chat=True) == evaluate.choose_tasks("all", is_chat=False) == list(TASKS)
-    assert evaluate.choose_tasks(None, is_chat=False) == evaluate.choose_tasks("none", is_chat=True) == []
-    assert evaluate.choose_tasks("sums, book", is_chat=False) == ["sums", "book"]
+    assert evaluate.choose_tasks(None, is_chat=True) == evaluate.choose_tasks("all", is_chat=False) == (list(TASKS), [])
+    assert evaluate.choose_tasks(None, is_chat=False) == evaluate.choose_tasks("none", is_chat=True) == ([], [])
+    assert evaluate.choose_tasks("sums, book", is_chat=False) == (["sums", "book"], [])
