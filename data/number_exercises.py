@@ -23,6 +23,7 @@ SUM_QUESTIONS = (
 
 
 def sums() -> Split:
+    """Sums of two numbers below 100, answered with their working; both orders of a sum are on the same side of the split."""
     rng = random.Random(f"{SEED}:sums")
     train, held_out = [], []
     for a, b in shuffled("sums", ((a, b) for a in range(100) for b in range(100))):
@@ -48,6 +49,7 @@ COMPARE_QUESTIONS = (
 
 
 def compare() -> Split:
+    """Which of two numbers below 100 is larger or smaller; both orders of a pair are on the same side of the split."""
     rng = random.Random(f"{SEED}:compare")
     train, held_out = [], []
     for a, b in shuffled("compare", ((a, b) for a in range(100) for b in range(100) if a != b)):

@@ -220,6 +220,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def machine(device: torch.device, threads: int) -> dict:
+    """What the figures were measured on: device, instructions, versions; no name of a machine."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -102,6 +102,7 @@ class Session:
         self.reset()
 
     def reset(self) -> None:
+        """Forgets the conversation, but for the system turn."""
         self.messages: list[dict[str, str]] = []
         self.notes: list[str] = []  # what the person should know about the last answer
         self.stopped = False  # the last answer was stopped with Ctrl-C

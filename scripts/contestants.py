@@ -112,6 +112,7 @@ class Field:
         return model.to(self.device)
 
     def names(self) -> list[str]:
+        """The contestants, in the order of their rounds and of the table."""
         names = [TWIN, OURS, LOOP]
         names += [TWIN_COMPILED, COMPILED] if self.compiled else []
         names += [peers.DENSE, *peers.EXPERTS.values()] if self.peers else []
@@ -232,6 +233,7 @@ def _shape(name: str, size: Size) -> ModelConfig:
 
 
 def describe(size: Size) -> str:
+    """One line: sizes, parameters, operations of a trained token."""
     model, count = size.model, total_count(size.model)
     return (
         f"hidden {model.hidden_size}, {model.num_hidden_layers} layers, {model.n_routed_experts} experts of width "

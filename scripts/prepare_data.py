@@ -1,4 +1,9 @@
-"""Tokenises a config's sources into shards under data.cache_dir. A second call finds them and does nothing."""
+"""Tokenises a config's sources into shards under data.cache_dir. A second call finds them and does nothing.
+
+    python -m scripts.prepare_data configs/quickstart/pretrain.yaml
+
+Training does it by itself where it was left out; by hand it shows what is left out of each source, and why.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from train.config import load_config
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, "python -m scripts.prepare_data configs/quickstart/pretrain.yaml")
+    parser = cli.parser(__doc__.partition("\n")[0], "python -m scripts.prepare_data configs/quickstart/pretrain.yaml")
     parser.add_argument("config", help="YAML file of a run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys to set in place of the file's")
     arguments = parser.parse_args()

@@ -59,6 +59,7 @@ def measure(size: Size, field: Field, rounds: int) -> dict:
 
 
 def text(figures: list[dict]) -> str:
+    """The figures as a table in Markdown, a row for each precision and way of writing."""
     lines = [
         f"| precision | step, ms | checkpoint, MB | written | training waits, ms | added in all, ms | every {EVERY} steps |",
         "| --- | --- | --- | --- | --- | --- | --- |",

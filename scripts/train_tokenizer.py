@@ -1,5 +1,7 @@
 """Trains the byte-level BPE that a config names, on the training documents of its sources.
 
+    python -m scripts.train_tokenizer configs/quickstart/pretrain.yaml
+
 Writes tokenizer.path (tokenizer.json and what transformers needs); a second call finds it and does nothing.
 """
 
@@ -26,7 +28,9 @@ def train_tokenizer(config: RunConfig, progress: bool = True) -> Tokenizer:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, "python -m scripts.train_tokenizer configs/quickstart/pretrain.yaml")
+    parser = cli.parser(
+        __doc__.partition("\n")[0], "python -m scripts.train_tokenizer configs/quickstart/pretrain.yaml"
+    )
     parser.add_argument("config", help="YAML file of a run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys to set in place of the file's")
     arguments = parser.parse_args()

@@ -19,7 +19,7 @@ import yaml
 from data.integrity import write_checksums
 from data.tokenizer import Tokenizer
 from eval import evaluate
-from scripts import chat, inspect_model, prepare_data, train_tokenizer
+from scripts import chat, inspect_data, inspect_model, prepare_data, train_tokenizer
 from tests.train.conftest import ROOT, environment, start, workplace  # noqa: F401  (a fixture)
 from train import checkpoint, cli, pretrain, sft
 
@@ -123,7 +123,9 @@ GOOD_LINES = b"".join(
 
 
 @pytest.mark.parametrize(
-    "module", [pretrain, sft, train_tokenizer, prepare_data, inspect_model], ids=lambda module: module.__name__
+    "module",
+    [pretrain, sft, train_tokenizer, prepare_data, inspect_model, inspect_data],
+    ids=lambda module: module.__name__,
 )
 def test_an_unknown_key_comes_with_the_nearest_valid_one(mistake, workplace, tmp_path, module):  # noqa: F811
     (tmp_path / "run.yaml").write_text(f"base: {workplace}/pretrain.yaml\ntrain: {{learning_rat: 1}}")
@@ -393,6 +395,7 @@ def test_a_step_that_does_not_fit_into_memory(workplace, tmp_path):  # noqa: F81
     assert "lower it" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_data_under_torchrun(text_config, tmp_path):
     """Rank 0 reads the data and says what is wrong; the others leave without a word."""
     (tmp_path / "data.jsonl").write_bytes(GOOD_LINES + b"{")

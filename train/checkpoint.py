@@ -66,7 +66,7 @@ def take_snapshot(
     old = previous or Snapshot(step, {}, {}, {}, "")
     return Snapshot(
         step,
-        weights={name: _copied(tensor, old.weights.get(name)) for name, tensor in _model_tensors(model).items()},
+        weights={name: _copied(tensor, old.weights.get(name)) for name, tensor in model_tensors(model).items()},
         moments={
             name: _copied(tensor, old.moments.get(name)) for name, tensor in state_tensors(optimizer, model).items()
         },
@@ -81,7 +81,7 @@ def save(
     """`write` of the model and optimizer as they are, without a copy."""
     weights, moments = (
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        for tensors in (_model_tensors(model), state_tensors(optimizer, model))
+        for tensors in (model_tensors(model), state_tensors(optimizer, model))
     )
     return write(run_dir, Snapshot(step, weights, moments, {"step": step, **state}, run_config.to_yaml(config)))
 
@@ -222,6 +222,7 @@ def read_config(checkpoint: Path) -> RunConfig:
 
 
 def read_training_state(checkpoint: Path) -> TrainingState:
+    """state.json, checked. ValueError where its step is not the one that the folder's name says."""
     path = checkpoint / "state.json"
     state = run_config.build(TrainingState, read_state(checkpoint), str(path))
     if checkpoint.name != checkpoint_name(state.step) or state.progress.step != state.step:
@@ -240,7 +241,7 @@ def check_intact(checkpoint: Path, names: Iterable[str] = FILES) -> None:
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Fills the model from a checkpoint; ValueError naming the first tensor that does not fit."""
-    path, expected = checkpoint / "model.safetensors", _model_tensors(model)
+    path, expected = checkpoint / "model.safetensors", model_tensors(model)
     tensors = _read_tensors(path, expected, "give the model section the values the checkpoint was made with")
     model.load_state_dict(tensors, strict=False)  # tied head and derived buffers are not stored; names were checked
 
@@ -311,7 +312,7 @@ FREE_MODEL_KEYS = frozenset(
 )  # fmt: skip
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The persistent state, without the head where it is the embedding itself."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:

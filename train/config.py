@@ -38,6 +38,8 @@ LONGEST_NAME = 100  # characters of a run's name, which becomes a folder
 
 @dataclass
 class TrainConfig:
+    """How it is trained: length, batch, learning rate, device, checkpoints."""
+
     init_from: str | None = None  # a run folder or a checkpoint whose weights training starts from (fine-tuning)
     steps: int | None = field(default=None, metadata={"min": 1, "max": MOST_STEPS})  # optimizer steps; or give epochs
     epochs: float | None = field(
@@ -96,6 +98,8 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
+    """What is measured and said while training."""
+
     every: int = field(default=250, metadata=NOT_NEGATIVE)  # steps between held-out losses; 0: only at the end
     max_tokens: int | None = field(
         default=None, metadata=AT_LEAST_ONE
@@ -110,6 +114,8 @@ class EvalConfig:
 
 @dataclass
 class WandbConfig:
+    """Weights & Biases."""
+
     mode: str = field(
         default="disabled", metadata={"choices": ("disabled", "offline", "online")}
     )  # offline: files in RUN/wandb, for `wandb sync`
@@ -119,6 +125,8 @@ class WandbConfig:
 
 @dataclass
 class RunConfig:
+    """One run: the whole YAML file."""
+
     name: str = "run"  # the run folder is runs_dir/name
     runs_dir: str = "runs"
     seed: int = field(default=0, metadata={"min": 0, "max": 2**32 - 1})

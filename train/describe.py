@@ -149,6 +149,7 @@ def step_row(
 
 
 def step_text(row: dict, plan: Plan) -> str:
+    """A row of `step_row` as the line a person reads; the time left is at the speed since the last one."""
     speed, mfu = row["tokens_per_second"], row["mfu"]
     left = (plan.steps - row["step"]) * plan.tokens_per_step / speed if speed else None
     parts = [
@@ -192,6 +193,7 @@ def bad_step_row(verdict: StepVerdict, step: int, plan: Plan, rows: TrainRows) -
 
 
 def bad_step_text(verdict: StepVerdict, step: int, plan: Plan, rows: TrainRows, run_dir: Path) -> str:
+    """Why a step was skipped, and the command that shows the text whose micro-batch had the highest loss."""
     worst = [i for i, loss in enumerate(verdict.micro_losses) if not math.isfinite(loss)]
     finite = not worst and math.isfinite(verdict.grad_norm)
     if not worst:
@@ -211,6 +213,7 @@ def bad_step_text(verdict: StepVerdict, step: int, plan: Plan, rows: TrainRows, 
 
 
 def too_many_bad_steps(verdict: StepVerdict, step: int, plan: Plan, config: RunConfig) -> str:
+    """The last words of a run that skipped `train.max_bad_steps` steps in a row."""
     n = verdict.bad_in_a_row
     first, last = (step - n) * plan.rows_per_step, step * plan.rows_per_step - 1
     return (
@@ -221,6 +224,7 @@ def too_many_bad_steps(verdict: StepVerdict, step: int, plan: Plan, config: RunC
 
 
 def held_out_text(row: dict) -> str:
+    """A held-out row as the line a person reads."""
     sources = "  ".join(
         f"{name} {source['loss']:.4f} ({source['bits_per_byte']:.4f} bits/byte)"
         for name, source in row["sources"].items()

@@ -13,6 +13,8 @@ from train.guard import GuardState
 
 @dataclass
 class Progress:
+    """How far a run is, and which of its checkpoints was the best."""
+
     step: int = 0  # optimizer steps done, skipped ones too
     tokens: int = 0  # tokens seen, over all ranks
     train_seconds: float = 0.0
@@ -49,6 +51,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
+        """A context whose seconds do not count."""
         self._before, self._since = self.seconds(), None
         yield
         self._since = time.perf_counter()

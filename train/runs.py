@@ -52,6 +52,8 @@ OWN = (".lock", "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "lo
 
 
 class RunFolder:
+    """A run's folder while it is trained: claimed by one process, compared with what is about to go on in it."""
+
     def __init__(self, config: RunConfig) -> None:
         self.path = config.run_dir
         self._lock: typing.IO | None = None
@@ -143,6 +145,7 @@ class RunFolder:
             )
 
     def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
         found = checkpoint.complete_checkpoints(self.path)
         return found[-1] if found else None
 
@@ -219,6 +222,7 @@ class RunFolder:
         self._write_record(record)
 
     def end_session(self, world: World, started_at: int, step: int, train_seconds: float) -> None:
+        """Notes in run.json how far this start of the processes came, and how long it took."""
         if not world.is_main:
             return
         record = self._record()
@@ -258,6 +262,7 @@ def describe_machine(world: World) -> dict:
 
 
 def processor_name() -> str:
+    """The processor's name, as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

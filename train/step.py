@@ -36,6 +36,7 @@ class StepVerdict:
 
     @staticmethod
     def of(values: list[float]) -> StepVerdict:
+        """The verdict from the numbers of `StepSums.verdict`, in their order."""
         stop, failed, accepted, bad_in_a_row, loss, grad_norm, mean_norm, *micro_losses = values
         return StepVerdict(
             stop > 0, failed > 0, accepted > 0, int(bad_in_a_row), loss, grad_norm, mean_norm, micro_losses

@@ -25,6 +25,8 @@ from train.progress import Progress
 
 
 class HeldOutLoss(NamedTuple):
+    """A source's held-out cross-entropy, as a sum, so that batches and ranks add up."""
+
     nats: float  # cross-entropy summed over the targets
     targets: int
 

@@ -32,8 +32,12 @@ WITH_CONFIG = (
     "scripts.train_tokenizer",
     "scripts.prepare_data",
     "scripts.inspect_model",
+    "scripts.inspect_data",
 )
-WITH_RUN = ("scripts.chat", "scripts.show_rows", "eval.evaluate", "eval.report")
+WITH_RUN = (
+    "scripts.chat", "scripts.show_rows", "eval.evaluate", "eval.report", "scripts.watch", "scripts.export_hf", "scripts.export_gguf",
+    "scripts.import_hf", "scripts.serve",
+)  # fmt: skip
 
 # Paths that are no config and no run, or have names that are hard to handle. `{}` is the sandbox, the working directory.
 PATHS = st.sampled_from(
@@ -140,7 +144,15 @@ CHOICES = {
     ["--json", "a\0b"], ["--size"]],
      "scripts.show_rows": [["0"], ["0", "3"], ["3", "0"], ["-1"], ["x"], ["0", "--tokens"], ["1.5"], ["99999999999"], ["9" * 5000], ["٣"], ["0", "1",
     "2"]],
-    "eval.report": [["--help"], ["x", "y"], ["--json", "x"]],
+    "eval.report": [["--help"], ["x", "y"], ["--json", "x"], ["--out", "{}/folder"], ["--out", "/proc/x.html"], ["--wandb"], ["--out"]],
+    "scripts.watch": [["--once"], ["--once", "--every", "0"], ["--once", "--every", "x"], ["--every"], ["--once", "y"]],
+    "scripts.export_hf": [["{}/out"], ["{}/folder"], ["{}/empty"], ["/proc/x/y"], ["--dtype", "int8"], ["--license", "x y"], ["--license", "mit"],
+     ["a\0b"], [""], ["n" * 300], ["{}/runs/pre"], ["--dtype", "bfloat16"]],
+    "scripts.export_gguf": [["{}/out.gguf"], ["{}/out"], ["{}/folder"], ["/proc/x/y.gguf"], ["--type", "q9"], ["--type", "q8_0"], ["a\0b.gguf"],
+     [""], ["n" * 300 + ".gguf"], ["{}/no/such/x.gguf"]],
+    "scripts.import_hf": [["imported"], ["{}/folder"], ["../x"], ["a b"], ["/proc/x/y"], [""], ["--chat"], ["a\0b"], ["n" * 300]],
+    "scripts.serve": [["--port", "70000"], ["--port", "x"], ["--port", "-1"], ["--host", ""], ["--host", "no such host"], ["--host", "256.1.1.1"],
+     ["--max-batch", "0"], ["--max-queue", "-1"], ["--api-key-env", "NO_SUCH_VARIABLE"], ["--api-key-env", ""], ["--nonsense"]],
 }  # fmt: skip
 
 
@@ -163,9 +175,15 @@ def run_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
         option |= st.tuples(st.sampled_from(OPTIONS[module]), NUMBERS | ANYTHING).map(list)
     words = [word for words in draw(st.lists(option, max_size=2)) for word in words]
     words += draw(st.sampled_from([[]] * 8 + [["--help"], ["--"], ["-"], ["--nonsense"]]))
+    if module == "scripts.serve":  # one that starts would serve until it is stopped
+        words += ["--port", draw(st.sampled_from(["0x", "99999", "-5", ""]))]
+    if module == "scripts.watch":  # likewise
+        words += ["--once"]
     if module == "scripts.benchmark":  # a right command line would measure for hours
         return module, [*words, "--rounds", draw(st.sampled_from(["0", "-1", "x", ""]))]
     run = draw(st.one_of(RUNS, RUNS, PATHS, ANYTHING))
+    if module in ("scripts.export_hf", "scripts.export_gguf", "scripts.import_hf") and draw(st.booleans()):
+        return module, [run, "{}/new.gguf", *words]
     return module, [run, *words] if draw(st.integers(0, 4)) else [*words, run]
 
 
@@ -205,7 +223,7 @@ def check_ended(module: str, arguments: list[str], ended: Ended) -> None:
     if said[0].startswith("usage: "):
         said = said[next(i for i, line in enumerate(said) if ": error: " in line) :]
     else:
-        said = [line for line in said if not line.startswith(("preparing ", "\r"))]  # bars of progress
+        said = [line for line in said if not line.startswith(("preparing ", "reading lm-", "\r"))]  # progress
         assert said[0].startswith("error: "), f"{what}\n{ended.err[-2000:]}"
     assert len(said) == 1 or ": error: " in said[0], f"{what}: more than one line\n{ended.err[-2000:]}"
 
@@ -356,6 +374,12 @@ REAL = [
     ("eval.evaluate", ["{}/runs/pre", "--limit", "0"]),
     ("eval.evaluate", ["--help"]),
     ("eval.report", ["{}/folder"]),
+    ("scripts.watch", ["{}/folder", "--once"]),
+    ("scripts.export_hf", ["{}/runs/pre", "{}/folder/x/../../empty"]),
+    ("scripts.export_gguf", ["{}/runs/pre", "{}/folder"]),
+    ("scripts.import_hf", ["{}/folder", "new"]),
+    ("scripts.serve", ["{}/runs/pre", "--port", "99999"]),
+    ("scripts.inspect_data", ["{}/pretrain.yaml", "--show", "-1"]),
     ("eval.report", ["{}/runs/pre", "--nonsense"]),
     ("scripts.benchmark", ["--rounds", "0"]),
 ]

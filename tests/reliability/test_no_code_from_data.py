@@ -47,6 +47,8 @@ STARTERS = ("subprocess.", "os.exec", "os.spawn", "os.posix_spawn", "os.fork")
 ALLOWED = {
     ("train/strict_yaml.py", "yaml.load"): "with its own loader, of which a test below says that it is a SafeLoader",
     ("tests/data/test_chat.py", "apply_chat_template"): "our own template, rendered by transformers",
+    ("tests/eval/test_harness.py", "apply_chat_template"): "our own template, rendered by lm_eval",
+    ("tests/scripts/formats/transformers_worker.py", "apply_chat_template"): "our own template, rendered by transformers",
 }  # fmt: skip
 
 

@@ -116,6 +116,7 @@ def test_quickstart_runs_every_stage_and_says_where_things_are(checkout):
         assert f"== {stage} took" in output
 
 
+@pytest.mark.slow
 def test_a_second_quickstart_does_not_evaluate_again_until_a_checkpoint_is_newer(checkout):
     start(checkout, "quickstart.sh").communicate(timeout=60)
     (checkout / "calls.txt").unlink()

@@ -55,6 +55,7 @@ def has_mallopt() -> bool:
     return sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_mallopt(), reason="needs glibc")
 def test_what_a_step_freed_the_next_one_takes_without_page_faults():
     """Twice called is as good as once; results and the peak of memory are the same."""
