@@ -148,9 +148,10 @@ class SlotCache(KVCache):
 
 
 def cache_bytes(model: MoEForCausalLM, rows: int) -> int:
-    """What the cache of so many rows takes when each fills the context."""
+    """What a `SlotCache` takes once it held so many rows and one filled the context; its slots are a power of two."""
     c = model.config
-    values = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * c.max_position_embeddings * rows
+    slots = 1 << (rows - 1).bit_length()
+    values = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * c.max_position_embeddings * slots
     return values * cache_dtype(model).itemsize
 
 

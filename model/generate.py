@@ -15,6 +15,7 @@ from model.products import without_autocast
 NOT_A_NUMBER = (
     "the model's output is not a number: its training diverged, or its weights are damaged; use another checkpoint"
 )
+GREEDY_BELOW = 1e-5  # of temperature: divided by less, logits overflow
 
 
 def generate(
@@ -31,8 +32,8 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to its first stop token (left out) or the model's context.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 keep everything. Raises ValueError for an empty prompt, one that fills the
-    context, or an option out of range. Call in eval mode; the model's mode is not changed.
+    temperature 0 (or below 1e-5) is greedy; top_k 0 and top_p 1 keep everything. Raises ValueError for an empty prompt, one
+    that fills the context, or an option out of range. Call in eval mode; the model's mode is not changed.
     """
     results: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
@@ -130,7 +131,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """(B, V) -> (B,) int64."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -139,6 +140,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         ordered, order = logits.sort(descending=True)
         probability = ordered.softmax(-1)
         beyond = probability.cumsum(-1) - probability >= top_p  # what comes before already holds top_p
+        beyond[:, 0] = False  # in float32 a tiny top_p is 0
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 

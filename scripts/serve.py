@@ -66,8 +66,10 @@ def _serve(run: Run, listening: socket.socket, arguments: argparse.Namespace, ap
     is_chat = run.config.data.format == "chat"
     kind = "a chat model" if is_chat else "only pretrained: it continues texts (/v1/completions)"
     _say(f"{run.run_dir}, step {run.step}, on {run.device}: {kind}; model name {name!r}")
+    with run.autocast():  # which decides the cache's dtype
+        cache = cache_bytes(run.model, arguments.max_batch) / 2**20
     _say(
-        f"{arguments.max_batch} answers at once, whose cache may grow to {cache_bytes(run.model, arguments.max_batch) / 2**20:.0f} MiB; "
+        f"{arguments.max_batch} answers at once, whose cache may grow to {cache:.0f} MiB; "
         f"{arguments.max_queue} more may wait"
     )
     if not local:
@@ -92,8 +94,9 @@ def _server(app: object, engine: Engine, access_log: bool) -> uvicorn.Server:
         """Tells the engine of the signal, so that answers end at once rather than when they are done."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            engine.stop()
-            super().handle_exit(sig, frame)
+            if not self.should_exit:  # a second Ctrl-C would only tear uvicorn's own end apart, which GRACE bounds
+                engine.stop()
+                super().handle_exit(sig, frame)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises it again after its own end, which is then ours
@@ -137,6 +140,10 @@ def _api_key(variable: str | None) -> str:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ValueError(f"--api-key-env: the environment variable {variable} is empty; put the key there")
+    if not key.isascii() or not key.isprintable():
+        raise ValueError(
+            f"--api-key-env: the key in {variable} has characters that no client can send; use plain ASCII"
+        )
     return key
 
 

@@ -88,7 +88,11 @@ class Answers:
                 if pieces or choice.finish:
                     yield choice, pieces
         finally:
-            self.engine.abandon(list(by_row))
+            self.leave()
+
+    def leave(self) -> None:
+        """Nobody waits any more: the rows that still run or wait are taken out."""
+        self.engine.abandon([choice.row for choice in self.choices])
 
     async def finished(self) -> None:
         """Waits for all of it; the choices then hold it."""
@@ -112,6 +116,7 @@ class Shape:
         }
 
     def usage(self) -> dict:
+        """OpenAI's usage object: tokens of the prompt and of the answer."""
         prompts = {
             id(choice.row.prompt): len(choice.row.prompt) for choice in self.answers.choices
         }  # n choices share one
@@ -119,6 +124,7 @@ class Shape:
         return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
 
     def whole(self) -> dict:
+        """The body of an answer that is not streamed."""
         choices = []
         for choice in self.answers.choices:
             text = "".join(piece.text for piece in choice.pieces)
@@ -154,6 +160,8 @@ class Shape:
             yield b"data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
+        finally:  # a client may leave before `pieces` has begun
+            self.answers.leave()
 
     def _choice(self, choice: Choice, pieces: Sequence[Piece], said: dict, closing: bool = True) -> dict:
         logprobs = self._logprobs(choice, pieces) if self.reports_logprobs and (pieces or closing) else None

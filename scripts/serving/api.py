@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from data.chat import check_messages, encode_prompt
 from model.batching import Row, Sampling
@@ -38,6 +39,7 @@ class Server:
         self.created = int((run.checkpoint / "model.safetensors").stat().st_mtime)
 
     def description(self) -> dict:
+        """The model as /v1/models lists it, with what is ours under `minimoe`."""
         config = self.run.model.config
         return {
             "id": self.name,
@@ -61,6 +63,7 @@ class Server:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
         asked = parse(await request.body(), ChatRequest)
         self.check_name(asked.model)
         if not self.is_chat:
@@ -78,6 +81,7 @@ class Server:
         return await self._answer(request, asked, [prompt], "messages", asked.reported_logprobs())
 
     async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
         asked = parse(await request.body(), CompletionRequest)
         self.check_name(asked.model)
         prompts = await asyncio.to_thread(self._prompts, asked.prompt)
@@ -196,6 +200,10 @@ def build_app(run: Run, engine: Engine, name: str, *, hosts: Collection[str] | N
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT)
 
     @app.exception_handler(HTTPException)
     async def not_there(request: Request, error: HTTPException) -> JSONResponse:

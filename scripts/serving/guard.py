@@ -97,7 +97,8 @@ def _bounded(receive: Receive) -> Receive:
 
 
 def _too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes", code="body_too_large")
+    message = f"the body is larger than {LARGEST_BODY:,} bytes"
+    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})  # the rest is not read
 
 
 async def _answer(error: ApiError, send: Send) -> None:

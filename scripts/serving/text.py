@@ -64,6 +64,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, piece: Piece) -> list[Piece]:
+        """Takes a piece; gives those that can be passed on, in which no stop string can have begun."""
         self.held.append(piece)
         text = "".join(held.text for held in self.held)
         found = [text.find(stop) for stop in self.stops]

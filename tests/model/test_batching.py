@@ -24,7 +24,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=list(MODELS))
+EVERYDAY = ("default", "sigmoid, QK-norm, a dense layer first")
+
+
+@pytest.fixture(params=[name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def model(request, tiny_model):
     return tiny_model(tie_word_embeddings=False, **MODELS[request.param]).eval()
 
@@ -72,7 +75,7 @@ def tokens(events: list[batching.Event]) -> list[int]:
     return [event.token.id for event in events if event.token is not None]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_row_says_in_company_what_it_says_alone(model, seed):
     rows = some_rows(14, seed)
     events = run(Batch(model), rows, seed)

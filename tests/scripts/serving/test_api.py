@@ -1,5 +1,6 @@
 """What may be asked over HTTP and what comes back: answers that are the model's, errors that name the field."""
 
+import asyncio
 import json
 import threading
 import time
@@ -11,7 +12,12 @@ import torch
 from data.chat import encode_prompt
 from model.batching import Batch, Row, Sampling
 from model.generate import generate
+from scripts.serving import schema
+from scripts.serving.answers import Answers, Choice, Shape
+from scripts.serving.errors import ApiError
 from scripts.serving.guard import LARGEST_BODY
+from scripts.serving.schema import ChatRequest, CompletionRequest, parse
+from scripts.serving.text import Decoder, StopStrings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "Who calls?"}]
@@ -206,7 +212,7 @@ def test_what_asks_for_nothing_is_taken(serve):
 
 BAD_CHAT = {
     "temperature": [-0.1, 2.1, "hot", True], "top_p": [0, 1.5], "n": [0, 1.5, 1000], "max_tokens": [0, -5, "5"], "seed": [2**63, 0.5],
-    "stop": ["", ["a"] * 5, [""], 7, "x" * 300], "stream": ["yes", 1], "top_k": [-1], "repetition_penalty": [0], "model": [5],
+    "stop": ["", ["a"] * 5, [""], 7, "x" * 300], "stream": ["yes", 1], "top_k": [-1], "repetition_penalty": [0, 1e-30], "model": [5],
     "frequency_penalty": [3], "presence_penalty": [-3], "top_logprobs": [21, 5], "messages": [[], "hello", None], "experts": ["all"],
     "tools": [[{"type": "function"}]], "response_format": [{"type": "json_object"}], "logit_bias": [{"5": 1}], "best_of": [2],
     "stream_options": [{"include_usage": True}, 5], "tempurature": [1], "store": [True], "service_tier": ["flex"],
@@ -248,6 +254,54 @@ def test_every_bad_field_is_named(serve):
         response = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
         assert response.status_code == 400 and response.json()["error"]["message"], body[:20]
     assert client.get("/health").json() == {"status": "ok", "model": "random", "running": 0, "waiting": 0}
+
+
+def test_of_a_million_mistakes_the_first_is_told(monkeypatch):
+    """Gathered one by one they took 10 s, in which nobody else was answered, and 1 GiB."""
+    gathered, named = [], schema._named
+    monkeypatch.setattr(schema, "_named", lambda error: gathered.append(error.error_count()) or named(error))
+    for what, kind in (
+        ('"prompt": [%s]', CompletionRequest),
+        ('"prompt": [[%s]]', CompletionRequest),
+        ('"messages": [%s]', ChatRequest),
+        ('"messages": [{"role": "user", "content": [%s]}]', ChatRequest),
+        ('"messages": [], "stop": [%s]', ChatRequest),
+    ):
+        body = "{%s}" % (what % ", ".join(["1.5"] * 1000))
+        with pytest.raises(ApiError):
+            parse(body.encode(), kind)
+        assert gathered.pop() < 10, what
+
+
+def test_extreme_options_draw_a_token(serve):
+    client, run, _ = serve()
+    body = {"messages": QUESTION, "max_tokens": 6}
+    best = client.post(CHAT, json={**body, "temperature": 0}).json()["choices"]
+    for extreme in ({"temperature": 1e-300}, {"temperature": 1e-40}, {"top_p": 1e-300}, {"temperature": 1e-5}):
+        assert client.post(CHAT, json={**body, **extreme}).json()["choices"] == best, extreme
+    for extreme in (
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100},
+        {"frequency_penalty": -2, "temperature": 2},
+    ):
+        assert client.post(CHAT, json={**body, **extreme}).status_code == 200, extreme
+
+
+def test_a_stream_that_is_left_at_its_first_chunk_frees_its_place(serve):
+    """Nothing of the answer was waited for yet: the role comes first."""
+    _, run, engine = serve()
+
+    async def leave() -> Row:
+        row = Row(ids_of(run), Sampling(100))
+        answers = Answers(engine, run.tokenizer, [Choice(0, row, Decoder(run.tokenizer), StopStrings(()))])
+        answers.submit()
+        stream = Shape("random", 0, answers, [], chat=True).stream(False)
+        assert b"assistant" in await anext(stream)
+        await stream.aclose()
+        return row
+
+    row = asyncio.run(leave())
+    assert row not in engine._listeners
 
 
 def test_what_does_not_fit_the_context_is_said_in_openais_words(serve):
@@ -344,7 +398,9 @@ def test_a_body_has_a_limit_whatever_it_claims(serve):
         for _ in range(20):
             yield b" " * (LARGEST_BODY // 10)
 
-    refused(client.post(CHAT, content=pieces(), headers=headers), 413, None, "body_too_large")
+    answer = client.post(CHAT, content=pieces(), headers=headers)
+    refused(answer, 413, None, "body_too_large")
+    assert answer.headers["connection"] == "close", "and the rest stays unread"
     refused(client.post(CHAT, content=b"{}", headers={**headers, "Content-Length": "-1"}), 413, None)
 
 

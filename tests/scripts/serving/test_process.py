@@ -135,9 +135,15 @@ def test_a_client_that_leaves_frees_its_place_and_a_key_is_needed(endless, start
 
         stream.close()
         impatient.close()
+        halfway = socket.create_connection(("127.0.0.1", server.port))  # leaves in the middle of what it asks
+        halfway.sendall("\r\n".join((*head, f"Content-Length: {len(body)}", "", "")).encode() + body[:9])
+        halfway.close()
         waiting.join(timeout=20)
         assert not waiting.is_alive(), "who waited got a place"
         wait_for(lambda: load_of(server) == (0, 0))
+        server.process.terminate()
+        assert server.process.wait(timeout=20) == 0
+        assert "Traceback" not in server.process.stderr.read(), "clients may leave as they like"
 
 
 @pytest.mark.slow
@@ -160,6 +166,8 @@ def test_ctrl_c_ends_it_at_once_and_whoever_waits_is_told(endless, started):
         wait_for(lambda: load_of(server) == (2, 1))
         start = time.monotonic()
         server.process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        server.process.send_signal(signal.SIGINT)  # an impatient person's second one changes nothing
         assert server.process.wait(timeout=15) == 0 and time.monotonic() - start < 5
         for person in people:
             person.join(timeout=10)

@@ -28,6 +28,16 @@ def test_a_mistake_is_one_sentence_and_known_before_the_model_is_read(monkeypatc
             assert message in str(caught.value) + capsys.readouterr().err, options
 
 
+def test_a_key_that_no_client_can_send_is_refused(monkeypatch):
+    monkeypatch.setenv("KEY_OF_TEST", " s3cret\n")
+    assert serve._api_key("KEY_OF_TEST") == "s3cret"
+    for key in ("schlüssel", "two\nlines"):
+        monkeypatch.setenv("KEY_OF_TEST", key)
+        with pytest.raises(ValueError, match="KEY_OF_TEST.*plain ASCII") as caught:
+            serve._api_key("KEY_OF_TEST")
+        assert key not in str(caught.value)
+
+
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.setattr(sys, "argv", ["serve", "runs/none"])
