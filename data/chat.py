@@ -45,7 +45,8 @@ def to_messages(record: dict, where: str) -> list[Message]:
     OpenAI's list of parts of type text); `instruction`, `input`, `output`, and `history`, a list of earlier pairs;
     `prompt` and `completion`, each text or a list of turns. A column `system` is the system turn where none is there yet.
     What a turn has besides (`name`, `reasoning_content`, ...) is left out; tools and other kinds of content are refused,
-    because what follows them makes no sense without. Raises ValueError beginning with `where` (file and line) for those,
+    because what follows them makes no sense without, and so is what is marked as no example (weight: 0, label: false).
+    Raises ValueError beginning with `where` (file and line) for those,
     and when there is no conversation or it has no order to it.
     """
     _refuse_tools(record, where)
@@ -57,6 +58,8 @@ def to_messages(record: dict, where: str) -> list[Message]:
         if record.get("instruction") is not None and record.get("output") is not None:
             messages = _from_instruction(record, where)
         elif record.get("prompt") is not None and record.get("completion") is not None:
+            if record.get("label") is False:  # of TRL's unpaired preferences
+                raise ValueError(f"{where}: a completion that is not to be learned (label: false)")
             messages = _from_completion(record, where)
         else:
             raise ValueError(

@@ -183,6 +183,8 @@ def _is_one_json_file(source: SourceConfig) -> bool:
     """
     name = source.data_files or ""
     plain = source.split == "train" and source.subset is None and not glob.has_magic(name)
+    if source.path == "json" or "://" in name:  # files from elsewhere, which `datasets` finds
+        return False
     return plain and name.endswith((".jsonl", ".jsonl.gz"))
 
 

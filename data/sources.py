@@ -169,6 +169,8 @@ def _reason(error: ValueError, where: str) -> str:
     """What is wrong, without where and with what: few different texts for many records."""
     problem = re.sub(r"(\w+\[\d+\]|text_key|split_key): ", "", str(error).removeprefix(f"{where}: "))
     problem = re.sub(r".* is no JSON object", "a record is no JSON object", problem)
+    problem = re.sub(r"^role .* is none of", "a role is none of", problem)
+    problem = re.sub(r"(no conversation in the columns) .*", r"\1", problem)
     return re.split(r" \(|[:;]", problem)[0]
 
 

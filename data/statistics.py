@@ -112,7 +112,7 @@ class Statistics:
     overlap: int  # held-out documents whose text is trained on as well
     near_overlap: int  # those that are nearly
     compared: int  # documents among which near duplicates were looked for
-    examples: dict[str, list[Example]]  # source -> its first documents
+    examples: dict[str, list[Example]]  # source -> its first documents that are trained on
 
     @property
     def rows_per_epoch(self) -> int:
@@ -130,7 +130,7 @@ def examine(
 ) -> Statistics:
     """Reads every source, at most `documents` records of each, and counts. ValueError as `data.sources.iterate`.
 
-    The first `examples` documents of each source are kept as they are tokenised.
+    The first `examples` training documents of each source are kept as they are tokenised.
     """
     if not config.sources:
         raise ValueError("data.sources: there is no source; name at least one")
@@ -198,8 +198,6 @@ class _OneSource:
         if held_out and limit is not None and counts.held_out_tokens >= limit:
             counts.skipped["held out, beyond held_out_max_tokens"] += 1
             return
-        if len(self.examples) < self.examples_wanted:
-            self.examples.append((ids, mask))
         text = "\n".join(record.texts())
         counts.documents += 1
         counts.characters += len(text)
@@ -215,6 +213,8 @@ class _OneSource:
             counts.held_out_documents += 1
             counts.held_out_tokens += n
         else:
+            if len(self.examples) < self.examples_wanted:
+                self.examples.append((ids, mask))
             self._add_to_training(n, mask)
 
     def _add_to_training(self, n: int, mask: list[int] | None) -> None:

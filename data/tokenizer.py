@@ -38,7 +38,7 @@ SPLITTER = (
 )
 
 # What other tokenizers call them. EOS is chosen first and BOS must differ: a document's start is told from its end.
-_NAMES = {
+SPECIAL_NAMES = {
     "eos": (EOS, "</s>", "<|end_of_text|>", "<eos>", IM_END, "<|endoftext|>"),
     "bos": (BOS, "<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
     "im_start": (IM_START,),
@@ -214,7 +214,7 @@ class Tokenizer:
 def _find_special_tokens(tokenizer: tokenizers.Tokenizer, where: str) -> dict[str, str]:
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     names: dict[str, str] = {}
-    for role, candidates in _NAMES.items():
+    for role, candidates in SPECIAL_NAMES.items():
         usable = [name for name in candidates if name in special and not (role == "bos" and name == names["eos"])]
         if not usable:
             raise ValueError(

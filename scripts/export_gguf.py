@@ -45,10 +45,11 @@ def export(run: Run, out: Path, wanted: str = "f32") -> list[Path]:
                 f"{out}: read back, the file is not the run ({problem}); nothing was left. Please report this"
             )
         _flush(partial)
+        # The small one first: where the disk has no room for it, neither is left.
+        replace_file(modelfile, modelfile_text(out.name, config.model.max_position_embeddings, chat))
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    replace_file(modelfile, modelfile_text(out.name, config.model.max_position_embeddings, chat))
     return [out, modelfile]
 
 

@@ -29,10 +29,11 @@ from train.plan import make_plan, rows_of_step
 
 BAR = 32  # characters of the longest bar
 SHOWN_TOKENS = 512  # of an example, at most
+BEGINNING = b'{\n "config": '  # of what --json writes
 SPECIAL, LEARNED, OTHER, SECOND, END = "\033[1;35m", "\033[32m", "\033[2m", "\033[36m", "\033[0m"
 
 
-def main() -> None:
+def main() -> int:
     parser = cli.parser(
         __doc__, "python -m scripts.inspect_data configs/quickstart/sft.yaml --documents 20000 --show 2"
     )
@@ -46,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()  # keys to set may stand behind an option too
     config = load_config(arguments.config, arguments.overrides)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of reading
+        _check_place(arguments.json)  # now rather than after an hour of reading
     rows_of_step(config, ranks=1)  # a mistake in the run's own arithmetic shows at once as well
     tokenizer = Tokenizer.load(config.tokenizer.path)
     statistics = examine(config.data, config.context_length, tokenizer, arguments.documents, arguments.show)
@@ -58,6 +59,18 @@ def main() -> None:
             print(spelled(example, tokenizer, config.context_length, colour))
     if arguments.json is not None:
         _write(arguments.json, json.dumps(_as_dict(config, statistics, arguments.documents), indent=1) + "\n")
+    return 0
+
+
+def _check_place(path: Path) -> None:
+    """Makes the folder. ValueError where FILE is something that this command did not write, such as the config or the text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--json: {path} is a folder; give the name of a file")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(BEGINNING)) != BEGINNING:
+                raise ValueError(f"--json: {path} is there already and no result of this command; give another name")
 
 
 def _write(path: Path, text: str) -> None:
@@ -212,6 +225,8 @@ def spelled(example: Example, tokenizer: Tokenizer, context_length: int, colour:
     shown = min(len(ids), context_length, SHOWN_TOKENS)
     pieces = _conversation(ids[:shown], mask, tokenizer, colour) if mask else _text(ids[:shown], tokenizer, colour)
     rest = f"\n... and {len(ids) - shown:,} tokens more" if shown < len(ids) else ""
+    if mask and len(ids) > context_length:
+        rest += ": it fits no row, is dropped, and nothing of it is learned"
     return "".join(pieces) + rest
 
 

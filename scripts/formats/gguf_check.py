@@ -101,7 +101,7 @@ def encoder_of(file: GGUFFile) -> Callable[[str], list[int]]:
     tokens, kinds = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.token_type"]
     pre = file.metadata["tokenizer.ggml.pre"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in file.metadata.get("tokenizer.ggml.merges", [])]
+    merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
     model = tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre in IGNORES_MERGES)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.add_tokens([token for token, kind in zip(tokens, kinds) if kind == USER_DEFINED])

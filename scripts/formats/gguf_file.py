@@ -54,15 +54,16 @@ def write(path: Path, config: ModelConfig, weights: Weights, values: dict[str, o
     writer = gguf.GGUFWriter(path, architecture_of(config))
     for key, value in values.items():
         _add(writer, key, value)
-    plan = [(entry, entry.make(weights)) for entry in entries(config)]  # views: nothing is copied yet
-    for entry, tensor in plan:
-        kind = stored_type(entry.plain, tensor.shape[-1], wanted)
-        _add_info(writer, entry.name, tuple(tensor.shape), kind)
+    plan = entries(config)
+    for entry in plan:
+        shape = tuple(entry.make(weights).shape)
+        _add_info(writer, entry.name, shape, stored_type(entry.plain, shape[-1], wanted))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry, tensor in plan:
+        for entry in plan:
+            tensor = entry.make(weights)  # anew: some are copies, and all of them at once would be a second model
             writer.write_tensor_data(packed(tensor, stored_type(entry.plain, tensor.shape[-1], wanted), entry.name))
     finally:
         writer.close()

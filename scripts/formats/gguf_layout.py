@@ -12,10 +12,10 @@ llama.cpp's own qwen3moe always renormalises and has no shared experts, so it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +25,7 @@ Weights = dict[str, Tensor]  # the run's, by the names of its state dict
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # general.file_type, LLAMA_FTYPE_... of llama.h
 
 MOST_LAYERS, MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS of llama-hparams.h
+LARGEST_FLOAT, LARGEST_INT = 3.4e38, 2**32 - 1  # of a key in the file: float32, uint32
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp reads others from no file of these architectures
 INSTEAD = "use the run itself (scripts.chat, scripts.serve), or train a model without it"
 
@@ -58,7 +59,22 @@ def architecture_of(config: ModelConfig) -> str:
         raise _refusal(
             f"rope_scaling: original_max_position_embeddings: {original:g}", "llama.cpp takes a whole number"
         )
+    for key, value in _numbers(config).items():
+        largest = LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT
+        if value > largest:
+            raise _refusal(f"{key}: {value:g}", f"a GGUF file holds numbers up to {largest:g} here")
     return _moe_architecture(config) if config.moe_layers else _dense_architecture(config)
+
+
+def _numbers(config: ModelConfig) -> dict[str, int | float]:
+    """Those written as keys that a config does not bound itself."""
+    values = {key: float(getattr(config, key)) for key in ("rope_theta", "rms_norm_eps", "routed_scaling_factor")}
+    for key, value in (config.rope_scaling or {}).items():
+        if key == "original_max_position_embeddings":
+            values[f"rope_scaling: {key}"] = int(value)
+        elif key in ("factor", "attention_factor") and value is not None:
+            values[f"rope_scaling: {key}"] = float(value)
+    return values
 
 
 def _dense_architecture(config: ModelConfig) -> str:
@@ -290,5 +306,5 @@ def _yarn(scaling: dict) -> dict[str, object]:
         "rope.scaling.original_context_length": int(scaling["original_max_position_embeddings"]),
     }
     if scaling.get("attention_factor") is not None:
-        values["rope.scaling.attn_factor"] = float(scaling["attention_factor"]) / (0.1 * np.log(factor) + 1.0)
+        values["rope.scaling.attn_factor"] = float(scaling["attention_factor"]) / (0.1 * math.log(factor) + 1.0)
     return values

@@ -41,6 +41,11 @@ def tokenizer_metadata(folder: Path, tokenizer: Tokenizer, vocab_size: int, chat
             f"{folder}: has ids up to {max(names)}, and model.vocab_size is {vocab_size}; this is not its run"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise ValueError(
+            f"{folder}: the tokenizer knows single bytes alone, no merges, and llama.cpp reads none without; "
+            "train one with a larger model.vocab_size"
+        )
     if any(merge.count(" ") != 1 for merge in merges):
         raise ValueError(
             f"{folder}: a token holds a space, which GGUF cannot merge; train one with scripts.train_tokenizer"

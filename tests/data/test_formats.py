@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -61,6 +62,7 @@ def test_a_conversation_however_it_is_written(record, expected):
         ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "history is no list of pairs"),
         ({"instruction": "q", "output": "a", "history": [["q", None]]}, "history is NoneType"),
         ({"prompt": "q", "completion": 3}, "completion is int"),
+        ({"prompt": "q", "completion": "bad", "label": False}, r"a completion that is not to be learned \(label: false\)"),
         ({"prompt": [ASKED[1]], "completion": [ASKED[1]]}, "roles out of order"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "no conversation in the columns 'prompt', 'chosen', 'rejected'"),
         ({"system": ["s"], "messages": ASKED}, "system is list; it must be text"),
@@ -92,6 +94,13 @@ def test_own_records_that_are_no_use_stop_the_reading_or_are_counted_as_the_conf
         "not readable as JSON": 1,
         "the conversation has no assistant turn": 1,
     }
+
+
+def test_reasons_stay_few_whatever_the_records_hold(jsonl):
+    odd = [{"messages": [{"role": f"wizard {i} (or: so)", "content": "q"}]} for i in range(20)]
+    odd += [{f"column {i}": "q", "other": i} for i in range(20)]
+    found = Counter(record.reason for record in iterate(source(path=jsonl(odd), bad_records="skip"), "chat"))
+    assert found == {"a role is none of system, user, assistant": 20, "no conversation in the columns": 20}
 
 
 def test_a_text_that_is_none_is_counted_only_where_asked_for(jsonl):

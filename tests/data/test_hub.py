@@ -100,6 +100,13 @@ def test_records_with_columns_of_their_own_do_not_end_the_reading(hub):
         list(datasets.load_dataset(folder, data_files=source.data_files, split="train", streaming=True))
 
 
+@pytest.mark.usefixtures("quiet_datasets")
+def test_a_builder_of_datasets_with_a_file_of_ones_own_is_left_to_it(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    source = SourceConfig(name="x", kind="hub", path="json", data_files=str(tmp_path / "data.jsonl"), streaming=True)
+    assert [record.text for record in iterate(source, "text")] == ["one", "two"]
+
+
 def test_unreadable_lines_of_a_hub_set_are_counted(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": "cut\n["no", "object"]\n{"text": "two"}\n')
     source = SourceConfig(name="x", kind="hub", path=str(tmp_path), data_files="data.jsonl")

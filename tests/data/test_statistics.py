@@ -25,12 +25,12 @@ def by_name(found):
     return {source.name: source for source in found.sources}
 
 
-def assert_as_prepared(config, tokenizer, context_length, document_mask=False):
+def assert_as_prepared(config, tokenizer, context_length):
     """The statistics against the shards and rows that training reads."""
     found = examine(config, context_length, tokenizer, progress=False)
     prepare(config, tokenizer, progress=False)
     prepared = open_prepared(config, tokenizer)
-    rows = prepared.train_rows(context_length, document_mask, seed=3)
+    rows = prepared.train_rows(context_length, config.document_mask, seed=3)
     assert found.rows_per_epoch == rows.rows_per_epoch
     batches = rows.batch(0, rows.rows_per_epoch)
     for index in prepared.index["sources"]:

@@ -67,6 +67,7 @@ def test_a_text_config_on_one_page(made, inspect):
     assert code == 0, err
     assert sorted(folder.rglob("*")) == sorted([*before, folder / "out.json"]), "nothing but FILE is written"
     found = json.loads((folder / "out.json").read_text())
+    assert inspect(folder / "text.yaml", "--json", folder / "out.json")[0] == 0, "its own result is replaced"
     one = found["sources"]["mine"]
     (folder / "out.json").unlink()
     assert "62 read, 61 of use, 1 left out: 1 empty text" in out
@@ -93,6 +94,11 @@ def test_a_chat_config_shows_what_is_learned_and_what_is_too_long(made, inspect)
     for i in range(2):
         asked = f"user\n{i} + 1 <|im_end|>?[<|im_end|>]\n[<|im_start|>]assistant\n"
         assert f"{asked}>>>It is {i + 1}.{' So' * i * 3}[<|im_end|>]<<<" in out
+    code, out, _ = inspect(folder / "chat.yaml", "--show", 30, "data.held_out_fraction=0.5")
+    dropped = int(re.search(r"too long    (\d+) conversations", out)[1])
+    assert 0 < dropped == out.count("tokens more: it fits no row, is dropped, and nothing of it is learned")
+    trained_on = int(re.search(r"training    (\d+) conversations", out)[1])
+    assert 0 < trained_on == out.count("as it is learned ---") < 30, "what is held out is not learned"
     code, out, _ = inspect(folder / "chat.yaml", "--show", 0, "--documents", 5)
     assert code == 0 and "as it is learned" not in out and "the first 5 records of each source alone" in out
     swapped = inspect("--show", 0, folder / "chat.yaml", "--documents", 5, "model.num_attention_heads=4")
@@ -137,6 +143,12 @@ def test_mistakes_are_one_sentence_before_anything_is_read(made, inspect, tmp_pa
         ((folder / "text.yaml", "--documents", "0"), "'0' is no number of documents"),
         ((folder / "text.yaml", "--show", "-1"), "no number of documents|expected one argument"),
         ((folder / "text.yaml", "--json", folder / "text.jsonl" / "x"), "text.jsonl"),
+        ((folder / "text.yaml", "--json", folder), "is a folder; give the name of a file"),
+        (
+            (folder / "text.yaml", "--json", folder / "text.yaml"),
+            "text.yaml is there already and no result of this command",
+        ),
+        ((folder / "text.yaml", "--json", folder / "text.jsonl"), "text.jsonl is there already and no result"),
     ]:
         code, out, err = inspect(*arguments)
         assert code == 2 and not out and "Traceback" not in err, (arguments, out, err)

@@ -2,12 +2,13 @@
 test_gguf_llama.py holds against llama.cpp itself."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
-import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import tokenizers
 import torch
 
 from data.chat import CHAT_TEMPLATE, encode_prompt
-from data.tokenizer import Tokenizer
+from data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from model import ModelConfig
 from scripts import export_gguf
 from scripts.export_gguf import export
@@ -44,6 +45,12 @@ from .gguf_cases import (
 )
 
 
+def rest_slow(cases, *everyday: str) -> list:
+    """Parameters of a test: those named run every day, the others with --all."""
+    assert {*everyday} <= {*cases}
+    return [case if case in everyday else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
@@ -51,7 +58,18 @@ def left_in(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ the file
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    rest_slow(
+        SHAPES,
+        "no shared expert, QK-norm",
+        "sigmoid, bias, scale",
+        "dense among experts",
+        "gated shared",
+        "dense",
+        "YaRN, own factor of attention",
+    ),
+)
 def test_a_file_computes_what_the_run_does(shape, random_run, tmp_path):
     architecture, keys = SHAPES[shape]
     run = export_of(random_run(**keys), tmp_path / "m.gguf")
@@ -65,7 +83,7 @@ def test_a_file_computes_what_the_run_does(shape, random_run, tmp_path):
     assert sum(file.tensor(name).numel() for name in file.names()) >= parameters
 
 
-@pytest.mark.parametrize("wanted", TYPES)
+@pytest.mark.parametrize("wanted", rest_slow(TYPES, "q8_0", "bf16"))
 def test_a_smaller_type_changes_each_number_by_its_step_at_most(wanted, random_run, tmp_path):
     run = export_of(random_run(moe_intermediate_size=40), tmp_path / "m.gguf", wanted)
     file, state = GGUFFile(tmp_path / "m.gguf"), run.model.state_dict()
@@ -142,6 +160,13 @@ REFUSED = {  # the key the sentence names -> model keys
     "attention_bias: true with use_qk_norm": {"attention_bias": True, "use_qk_norm": True, "n_routed_experts": 0},
     "beta_fast": {"rope_scaling": {**YARN, "beta_fast": 16}},
     "original_max_position_embeddings": {"rope_scaling": {**YARN, "original_max_position_embeddings": 32.5}},
+    "rope_scaling: original_max_position_embeddings: 8.58993e+09": {
+        "rope_scaling": {**YARN, "original_max_position_embeddings": 2**33}
+    },
+    "rope_scaling: factor": {"rope_scaling": {**YARN, "factor": 1e39}},
+    "rope_theta: 1e+39": {"rope_theta": 1e39},
+    "rms_norm_eps": {"rms_norm_eps": 1e39},
+    "routed_scaling_factor: 1e+39": {"routed_scaling_factor": 1e39},
     "num_hidden_layers": {"num_hidden_layers": 513},
     "n_routed_experts": {"n_routed_experts": 1025},
     "norm_topk_prob": {"shared_expert_gate": True},
@@ -208,6 +233,37 @@ def test_nothing_that_is_there_is_overwritten(random_run, tmp_path):
     assert {"m.gguf", "m.Modelfile"} <= {*left_in(tmp_path)} and not partial.is_symlink()
 
 
+def test_where_the_disk_has_no_room_for_the_second_file_neither_is_left(random_run, tmp_path, monkeypatch):
+    run = open_run(random_run(), device="cpu", precision="float32")
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(export_gguf, "replace_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(run, tmp_path / "m.gguf")
+    assert left_in(tmp_path) == []
+
+
+def test_no_more_than_one_copied_tensor_is_in_memory(random_run, tmp_path, monkeypatch):
+    """`llama` rotates neighbours, so that its q and k are copies of the run's; none of them outlives its turn."""
+    run, alive = open_run(random_run(**SHAPES["dense"][1]), device="cpu", precision="float32"), []
+    whole = gguf_layout._interleaved
+
+    def watched(tensor, heads):
+        made = whole(tensor, heads)
+        alive.append(weakref.ref(made))
+        assert sum(reference() is not None for reference in alive) <= 2, "this one, and the one that it replaces"
+        return made
+
+    monkeypatch.setattr(gguf_layout, "_interleaved", watched)
+    config = run.config.model
+    gguf_file.write(
+        tmp_path / "m.gguf", config, run.model.state_dict(), gguf_layout.metadata(config, "x", "", "f32"), "f32"
+    )
+    assert len(alive) == 2 * 4 * config.num_hidden_layers
+
+
 # ------------------------------------------------------------------------------------------------ the self-check
 
 
@@ -253,7 +309,7 @@ DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", rest_slow(DEFECTS, "theta", "norm", "gate and up", "merges"))
 def test_a_file_that_differs_is_not_left_behind(defect, random_run, tmp_path, monkeypatch):
     keys = SHAPES["sigmoid, bias, scale"][1] | {"rms_norm_eps": 1e-6}
     run = open_run(random_run(**keys), device="cpu", precision="float32")
@@ -296,7 +352,7 @@ def test_damage_on_the_disk_is_seen(random_run, tmp_path):
 # ------------------------------------------------------------------------------------------------ tokenizers
 
 
-@pytest.mark.parametrize("splitter", ["gpt-2", "smollm", "llama-bpe"])
+@pytest.mark.parametrize("splitter", rest_slow(("gpt-2", "smollm", "llama-bpe"), "llama-bpe"))
 def test_a_known_splitter_of_others_is_written_by_its_name(splitter, random_run, tmp_path):
     tokenizer = others_tokenizer(splitter, ignore_merges=splitter == "llama-bpe")
     folder = with_tokenizer(random_run(vocab_size=640), tokenizer)
@@ -309,7 +365,7 @@ def test_a_known_splitter_of_others_is_written_by_its_name(splitter, random_run,
     assert len(tokens) == len(set(tokens)) == 640 and {kinds[i] for i in extra} == {gguf_tokenizer.UNUSED}
 
 
-def test_a_splitter_that_llama_cpp_has_not_is_refused(random_run, tmp_path):
+def test_a_tokenizer_that_llama_cpp_cannot_be_told_is_refused(random_run, tmp_path):
     folder = with_tokenizer(random_run(vocab_size=640), others_tokenizer("unknown"))
     with pytest.raises(ValueError, match="splits text as none of llama.cpp's qwen2, gpt-2"):
         export_of(folder, tmp_path / "m.gguf")
@@ -317,6 +373,9 @@ def test_a_splitter_that_llama_cpp_has_not_is_refused(random_run, tmp_path):
     tree |= {"normalizer": {"type": "NFC"}}
     with_tokenizer(folder, Tokenizer(json.dumps(tree).encode(), "test"))
     with pytest.raises(ValueError, match="normalizer"):
+        export_of(folder, tmp_path / "m.gguf")
+    with_tokenizer(folder, Tokenizer.train(["nothing to merge"], SMALLEST_VOCABULARY))
+    with pytest.raises(ValueError, match="single bytes alone, no merges"):
         export_of(folder, tmp_path / "m.gguf")
     assert left_in(tmp_path) == []
 
@@ -350,27 +409,27 @@ def test_the_modelfile_asks_as_training_did(random_run, tmp_path):
 
 def test_the_command_writes_both_files_and_says_a_mistake_in_one_line(random_run, tmp_path, monkeypatch, capsys):
     folder = random_run(moe_intermediate_size=40)
-    command = [sys.executable, "-m", "scripts.export_gguf", str(folder), str(tmp_path / "m.gguf"), "--type", "q8_0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "q8_0, architecture glm4moe" in done.stdout and "are stored as f16" in done.stdout
-    assert left_in(tmp_path) == ["m.Modelfile", "m.gguf"]
-    assert str(ROOT) not in (tmp_path / "m.gguf").read_bytes().decode("latin-1"), (
-        "a path of this machine is in the file"
-    )
+    arguments = (str(folder), str(tmp_path / "m.gguf"), "--type", "q8_0")
 
-    def once_more(*arguments: str) -> tuple[int, str, str]:
+    def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["export_gguf", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.run(export_gguf.main)
         return ended.value.code, *capsys.readouterr()
 
-    code, _, error = once_more(*command[3:])
+    code, shown, error = call(*arguments)
+    assert code == 0, error
+    assert "q8_0, architecture glm4moe" in shown and "are stored as f16" in shown
+    assert left_in(tmp_path) == ["m.Modelfile", "m.gguf"]
+    assert str(ROOT) not in (tmp_path / "m.gguf").read_bytes().decode("latin-1"), (
+        "a path of this machine is in the file"
+    )
+
+    code, _, error = call(*arguments)
     assert code == 2 and error.count("\n") == 1 and "is already there" in error
-    code, shown, _ = once_more("--help")
+    code, shown, _ = call("--help")
     assert code == 0
     assert "ollama create" in shown and "llama-cli -m" in shown and "example:" in shown
     monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
-    code, _, error = once_more(*command[3:])
+    code, _, error = call(*arguments)
     assert code == 2 and error.count("\n") == 1 and "pip install -r requirements-extra.txt" in error
