@@ -45,6 +45,7 @@ from data.tokenizer import Tokenizer, replace_surrogates
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 BATCH_CHARACTERS = 4_000_000  # text encoded at a time, on all cores
 BATCH_DOCUMENTS = 20_000
+READING_VERSION = 2  # of what data/chat.py makes of a record: conversations read otherwise are prepared anew
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, progress: bool = True) -> Path:
@@ -117,6 +118,8 @@ def fingerprint(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer |
         "content": _content_stamp(config, source),
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
     }
+    if config.format == "chat" and source.kind != "embedded":
+        content["reading"] = READING_VERSION
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 

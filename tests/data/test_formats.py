@@ -118,6 +118,14 @@ def test_another_choice_for_bad_records_makes_other_shards(config, tokenizer, js
     assert fingerprint(plain, plain.sources[0], tokenizer) != before
 
 
+def test_conversations_read_otherwise_are_prepared_anew_and_texts_are_not(config, tokenizer, jsonl, monkeypatch):
+    text, chat = (config({"path": jsonl([{"text": "x"}])}, format=format) for format in ("text", "chat"))
+    before = [fingerprint(each, each.sources[0], tokenizer) for each in (text, chat)]
+    monkeypatch.setattr("data.prepare.READING_VERSION", 99)
+    same = [fingerprint(each, each.sources[0], tokenizer) for each in (text, chat)]
+    assert [a == b for a, b in zip(before, same)] == [True, False]
+
+
 @pytest.mark.parametrize(
     "name", ["a.jsonl.gz", "a.json", "a.json.gz", "lines.json", "indented.json", "a.txt.gz", "a.parquet"]
 )

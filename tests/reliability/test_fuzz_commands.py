@@ -128,7 +128,7 @@ NUMBERS = st.sampled_from(
 
 OPTIONS = {
     "scripts.chat": ["--temperature", "--top-p", "--top-k", "--repetition-penalty", "--max-tokens", "--seed"],
-    "eval.evaluate": ["--limit", "--batch-size"],
+    "eval.evaluate": ["--limit", "--batch-size", "--fewshot"],
     "scripts.benchmark": ["--rounds", "--rows", "--threads"],
 }
 CHOICES = {
@@ -139,7 +139,8 @@ CHOICES = {
     ["--precision", "int8"],
                       ["--json", "{}/folder"], ["--json", "/dev/full"], ["--json", ""], ["--json", "/proc/x/y"], ["--json", "a\0b"], ["--json",
                       "{}/pretrain.yaml/x"],
-                      ["--json", "{}/new/result.json"], ["--json", "n" * 300]],
+                      ["--json", "{}/new/result.json"], ["--json", "n" * 300], ["--include-path", "{}/folder"], ["--include-path", "/dev/null"],
+                      ["--include-path", "a\0b"], ["--include-path", "{}/no/such", "--tasks", "mine"], ["--add-bos"], ["--chat-template", "x"]],
     "scripts.benchmark": [["--size", "none"], ["--work", "x"], ["--device", "cuda"], ["--json", "/proc/x/y"], ["--json", "{}/pretrain.yaml/x"],
     ["--json", "a\0b"], ["--size"]],
      "scripts.show_rows": [["0"], ["0", "3"], ["3", "0"], ["-1"], ["x"], ["0", "--tokens"], ["1.5"], ["99999999999"], ["9" * 5000], ["٣"], ["0", "1",
