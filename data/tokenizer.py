@@ -57,7 +57,7 @@ def replace_surrogates(text: str) -> str:
 class Tokenizer:
     """Text <-> ids. Make one with `Tokenizer.load` or `Tokenizer.train`.
 
-    `fingerprint` is the SHA-256 (hex) of tokenizer.json; shards remember it.
+    `json_bytes` is tokenizer.json as it was read; `fingerprint` its SHA-256 (hex), which shards remember.
     """
 
     def __init__(self, json_bytes: bytes, where: str):
@@ -72,7 +72,7 @@ class Tokenizer:
         except Exception as error:  # the Rust library raises bare Exceptions
             short = " ".join(str(error).split())[:200]
             raise ValueError(f"{where}: not readable as a tokenizer.json ({short}); make it anew") from None
-        self._json, self._where = json_bytes, where
+        self.json_bytes, self._where = json_bytes, where
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -177,8 +177,14 @@ class Tokenizer:
             "chat_template": CHAT_TEMPLATE,
         }
         config = json.dumps(config, indent=2).encode("utf-8")
-        sums = "".join(f"{hashlib.sha256(c).hexdigest()}  {name}\n" for name, c in zip(FILES, (config, self._json)))
-        contents = {"tokenizer_config.json": config, integrity.SUMS: sums.encode("utf-8"), "tokenizer.json": self._json}
+        sums = "".join(
+            f"{hashlib.sha256(c).hexdigest()}  {name}\n" for name, c in zip(FILES, (config, self.json_bytes))
+        )
+        contents = {
+            "tokenizer_config.json": config,
+            integrity.SUMS: sums.encode("utf-8"),
+            "tokenizer.json": self.json_bytes,
+        }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):

@@ -209,7 +209,7 @@ def check_place(out: Path) -> None:
     if out.name in ("", ".."):
         raise ValueError(f"{out}: give OUT a name of its own")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ValueError(f"{out}: is no folder; give another OUT")
+        raise ValueError(f"{out}: is a link or a file, not a folder; give another OUT")
     if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
         raise ValueError(f"{out}: is a folder with other things in it; give another OUT, or empty it")
 
@@ -228,14 +228,18 @@ def _is_ours(out: Path) -> bool:
 def _put_in_place(partial: Path, out: Path) -> None:
     """Renames; an earlier export of ours goes, once the new one is whole."""
     check_place(out)
+    old = out.with_name(f".{out.name}.old")
     if not out.is_dir():
         partial.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
-    out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old)
+    else:
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        out.rename(old)
+        try:
+            partial.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from model.flops import total_count
 from scripts.formats.hf_files import read_json
 from scripts.formats.hf_reading import read_folder
 from scripts.formats.hf_state import Foreign
-from scripts.formats.hf_tokenizer import adopt_tokenizer
+from scripts.formats.hf_tokenizer import Adopted, adopt_tokenizer
 from train import checkpoint, cli
 from train.config import RunConfig, from_dict, to_yaml
 from train.files import replace_file
@@ -40,15 +40,17 @@ def import_folder(folder: Path, run_dir: Path, is_chat: bool) -> tuple[RunConfig
     if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
         raise ValueError(f"{short_name(run_dir)}: is already there; give the run another name, or remove it")
     config = run_config(run_dir, is_chat)  # a name that cannot be one is refused before anything large is read
-    tokenizer, added = adopt_tokenizer(folder)
+    adopted = adopt_tokenizer(folder)
+    tokenizer = adopted.tokenizer
     foreign = read_folder(folder)
-    notes = [*foreign.notes, *fit_embedding(foreign, tokenizer, added), *_habits(folder, tokenizer, is_chat)]
+    notes = [*foreign.notes, *fit_embedding(foreign, adopted), *_habits(folder, tokenizer, is_chat)]
     config = run_config(run_dir, is_chat, foreign)
     check_state(foreign)
     notes.insert(0, f"{foreign.architecture} with {total_count(foreign.config).total:,} parameters")
     partial = run_dir.with_name(f".{run_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir(parents=True)  # nothing is written through a link that lies there
         tokenizer.save(partial / "tokenizer")
         replace_file(partial / "config.yaml", to_yaml(config))
         replace_file(partial / "log.txt", "".join(f"imported: {note}\n" for note in notes))
@@ -80,17 +82,22 @@ def first_state(tokenizer: Tokenizer) -> dict:
     return asdict(TrainingState(0, 1, Progress(), GuardState(), {}, tokenizer.fingerprint))
 
 
-def fit_embedding(foreign: Foreign, tokenizer: Tokenizer, added: dict[str, int]) -> list[str]:
+def fit_embedding(foreign: Foreign, adopted: Adopted) -> list[str]:
     """Gives added tokens rows in the embedding and the head: the mean of the rows there were. What to tell the person."""
     config, state = foreign.config, foreign.state
+    tokenizer, added, promoted = adopted
     rows = config.vocab_size
     own = [i for i in range(tokenizer.vocab_size) if i not in added.values()]
     if own and own[-1] >= rows:
         raise ValueError(
             f"tokenizer.json: it has ids up to {own[-1]}, but config.json says vocab_size: {rows}; this is another model's tokenizer"
         )
+    notes = []
+    if promoted:
+        names = ", ".join(f"{name} ({i})" for name, i in promoted.items())
+        notes.append(f"plain tokens made special: {names}; their embeddings stay as they were learned")
     if not added:
-        return []
+        return notes
     size = max(rows, tokenizer.vocab_size)
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in state:
@@ -100,13 +107,16 @@ def fit_embedding(foreign: Foreign, tokenizer: Tokenizer, added: dict[str, int])
     foreign.config = replace(config, vocab_size=size)
     grown = f", vocab_size {rows} -> {size}" if size > rows else ""
     names = ", ".join(f"{name} ({i})" for name, i in added.items())
-    return [f"special tokens added: {names}{grown}; their embeddings are the mean of the others until they are trained"]
+    notes.append(
+        f"special tokens added: {names}{grown}; their embeddings are the mean of the others until they are trained"
+    )
+    return notes
 
 
 def check_state(foreign: Foreign) -> None:
     """Our own invariant: the tensors are exactly those of a model of this config."""
     with torch.device("meta"):
-        expected = checkpoint._model_tensors(MoEForCausalLM(foreign.config))
+        expected = checkpoint.model_tensors(MoEForCausalLM(foreign.config))
 
     def shapes(tensors: dict[str, Tensor]) -> dict:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

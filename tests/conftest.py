@@ -107,39 +107,10 @@ def small_tokenizer():
 
 @pytest.fixture
 def random_run(tmp_path, small_tokenizer) -> Callable[..., Path]:
-    """random_run(name="random", format="chat", **model_keys) -> the folder of a run with random weights of any shape.
+    """random_run(name="random", format="chat", seed=0, **model_keys) -> the folder of a run with random weights of any shape."""
+    from tests.random_runs import make_random_run
 
-    The weights make every part matter: logits and router logits have a spread of about 1, so that a tolerance means
-    something; a selection bias overrules scores; no norm is all ones, no bias zero.
-    """
-    from model import MoEForCausalLM
-    from train import checkpoint
-    from train.config import from_dict
-
-    def make(name: str = "random", format: str = "chat", seed: int = 0, **model_keys) -> Path:
-        model_keys = {
-            "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 128, "intermediate_size": 64, "moe_intermediate_size": 32, **model_keys,
-        }  # fmt: skip
-        config = from_dict(
-            {"name": name, "runs_dir": str(tmp_path / "runs"), "model": model_keys, "data": {"format": format}}, name
-        )
-        torch.manual_seed(seed)
-        model = MoEForCausalLM(config.model).eval()
-        with torch.no_grad():
-            for tensor in model.state_dict().values():
-                noise = torch.randn_like(tensor)
-                if tensor.dim() == 1:
-                    tensor.add_(0.1 * noise)
-                else:
-                    tensor.copy_(noise * tensor.shape[-1] ** -0.5)
-            spread = model(torch.arange(64).view(1, 64) % config.model.vocab_size).logits.std()
-            model.norm.weight.mul_(1 / spread)
-        small_tokenizer.save(config.run_dir / "tokenizer")
-        checkpoint.save(config.run_dir, 1, model, torch.optim.AdamW(model.parameters()), {}, config)
-        (config.run_dir / "config.yaml").write_text(
-            (config.run_dir / "checkpoints/step-00000001/config.yaml").read_text(encoding="utf-8"), encoding="utf-8"
-        )
-        return config.run_dir
+    def make(name: str = "random", **keys) -> Path:
+        return make_random_run(tmp_path / "runs", name, small_tokenizer, **keys)
 
     return make

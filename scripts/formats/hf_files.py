@@ -23,18 +23,18 @@ SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 def read_json(path: Path) -> dict:
     """A JSON object from a stranger. ValueError where it is missing, too large or none."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{short_name(path)}: no plain file; put the JSON file itself there")
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{short_name(path)}: larger than the {LARGEST_JSON >> 20} MiB that are read")
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError(f"{short_name(path)}: no plain file; put the JSON file itself there")
-        if path.is_file() and path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"{short_name(path)}: larger than the {LARGEST_JSON >> 20} MiB that are read")
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"{short_name(path)}: cannot be read ({error.strerror}); give a folder that transformers saved, with config.json, "
             "*.safetensors and tokenizer.json"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise ValueError(
             f"{short_name(path)}: is no JSON ({' '.join(str(error).split())[:100]}); copy it anew"
         ) from None

@@ -20,10 +20,10 @@ from train.config import build
 # What a class takes for a key that its config.json lacks, where the classes differ or ours does (transformers 4.57 and 5).
 DEFAULTS = {
     "llama": {"num_key_value_heads": None},
-    "qwen3": {"head_dim": 128},
+    "qwen3": {"head_dim": 128, "sliding_window": 4096},
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
-    "qwen2_moe": {"qkv_bias": True, "norm_topk_prob": False},
-    "qwen3_moe": {"norm_topk_prob": False},
+    "qwen2_moe": {"qkv_bias": True, "norm_topk_prob": False, "sliding_window": 4096},
+    "qwen3_moe": {"norm_topk_prob": False, "sliding_window": 4096},
     "glm4_moe": {"rms_norm_eps": 1e-5, "norm_topk_prob": True, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1},
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def _refuse_what_we_do_not_compute(tree: Mapping, kind: str, where: str) -> None
         ),
         (
             "layer_types",
-            layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)),
+            layers is not None and (not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)),
             "attention here has no window",
         ),
         ("mlp_bias", bool(tree.get("mlp_bias")), "feed-forward networks here have no biases"),
@@ -119,9 +119,11 @@ def _moe_keys(tree: Mapping, kind: str, where: str) -> dict:
     width = _needed(tree, "intermediate_size" if kind == "mixtral" else "moe_intermediate_size", where)
     coefficient = tree.get("router_aux_loss_coef", 0.001 if kind != "glm4_moe" else 0.0)
     numbers = (per_token, layers, width, coefficient)
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+    whole = all(type(number) is int and abs(number) < 2**31 for number in numbers[:3])
+    if not whole or type(coefficient) not in (int, float) or not abs(coefficient) < 2**31:
         raise ValueError(
-            f"{where}: num_experts_per_tok, num_hidden_layers, width and router_aux_loss_coef must be numbers"
+            f"{where}: num_experts_per_tok, num_hidden_layers and the experts' width must be whole numbers, and "
+            "router_aux_loss_coef a number; copy it anew"
         )
     keys = {
         "n_routed_experts": _needed(tree, experts, where),

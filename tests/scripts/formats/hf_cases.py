@@ -5,25 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from data.tokenizer import Tokenizer
-from model import ModelConfig, MoEForCausalLM
-from train import checkpoint
-from train.config import from_dict, load_config
+from model import ModelConfig
+from tests import random_runs
+from train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 TRANSFORMERS_4 = ROOT / ".venv/transformers4"
-SMALL = {
-    "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "max_position_embeddings": 128, "intermediate_size": 64, "moe_intermediate_size": 32,
-}  # fmt: skip
+SMALL = {**random_runs.SMALL, "head_dim": 8}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 # What no shipped config has, and the class it must become.
@@ -70,30 +63,6 @@ def scaled_down(path: Path) -> dict:
     first = min(model.first_k_dense_replace, 1)
     small = dataclasses.replace(model, **sizes, mlp_only_layers=layers, first_k_dense_replace=first)
     return {key: value for key, value in dataclasses.asdict(small).items() if key != "rope_scaling" or value}
-
-
-def small_tokenizer() -> Tokenizer:
-    return Tokenizer.train([text for text in pydoc_data.topics.topics.values() if len(text) < 6000], 512)
-
-
-@torch.no_grad()
-def random_run(folder: Path, name: str, tokenizer: Tokenizer, format: str = "chat", **model_keys) -> Path:
-    """As the fixture of that name, for fixtures that outlive a test: a run whose every weight matters."""
-    tree = {"name": name, "runs_dir": str(folder), "model": {**SMALL, **model_keys}, "data": {"format": format}}
-    config = from_dict(tree, name)
-    torch.manual_seed(0)
-    model = MoEForCausalLM(config.model).eval()
-    for tensor in model.state_dict().values():
-        noise = torch.randn_like(tensor)
-        if tensor.dim() == 1:
-            tensor.add_(0.1 * noise)
-        else:
-            tensor.copy_(noise * tensor.shape[-1] ** -0.5)
-    spread = model(torch.arange(64).view(1, 64) % config.model.vocab_size).logits.std()
-    model.norm.weight.mul_(1 / spread)
-    tokenizer.save(config.run_dir / "tokenizer")
-    checkpoint.save(config.run_dir, 1, model, torch.optim.AdamW(model.parameters()), {}, config)
-    return config.run_dir
 
 
 def key_of(model_keys: dict) -> str:

@@ -52,9 +52,9 @@ def test_a_dense_text_model_says_so(card):
 
 
 @pytest.mark.parametrize("license", ["", "Apache 2.0", "mit\ntags: [x]", "../../x", "a" * 61, "$(id)"])
-def test_a_licence_is_an_identifier(card, license):
+def test_a_licence_is_an_identifier(license):
     with pytest.raises(ValueError, match="--license"):
-        card(license=license)
+        check_license(license)
 
 
 def evaluation(run, **changes) -> dict:
@@ -126,15 +126,15 @@ def test_a_prompt_of_the_config_is_the_example(card):
 
     code = re.search(r"```python\n(.*?)```", card(change), re.DOTALL)[1]
     ast.parse(code)
-    assert '{"role": "user", "content": "Say \\"47 + 38\\""}' in code or "Hello!" in code
+    assert '{"role": "user", "content": "Say \\"47 + 38\\""}' in code
 
 
-@pytest.mark.parametrize("prompt", ["", "```", "a\\", "\u202egnp", "two\nlines", "x" * 81])
-def test_a_prompt_that_could_break_out_of_the_code_is_not_shown(card, prompt):
-    def change(run):
+def test_a_prompt_that_could_break_out_of_the_code_is_not_shown(random_run):
+    run = open_run(random_run(), device="cpu", precision="float32")
+    for prompt in ("", "```", "a\\", "\u202egnp", "two\nlines", "x" * 81):
         run.config.eval.prompts = [prompt]
-
-    assert '"content": "Hello!"' in card(change)
+        text = model_card(run, choose_layout(run.model.config), "float32", None)
+        assert '"content": "Hello!"' in text, f"{prompt!r} is in the code"
 
 
 def test_escaped_keeps_words_and_drops_meaning():

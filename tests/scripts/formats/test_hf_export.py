@@ -262,6 +262,26 @@ def test_what_a_kill_left_behind_is_swept_away(opened, tmp_path):
         (tmp_path / name / "model.safetensors").write_text("half")
     export(run, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+    out.rename(tmp_path / ".out.old")  # killed between the two renames
+    export(run, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+
+
+def test_an_earlier_export_is_back_where_the_new_one_cannot_take_its_place(opened, tmp_path, monkeypatch):
+    run, out = opened(), tmp_path / "out"
+    export(run, out)
+    before, rename = (out / "model.safetensors").read_bytes(), Path.rename
+
+    def refusing(path, target):
+        if path.name == ".out.partial":
+            raise OSError("no rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OSError, match="no rename"):
+        export(run, out, dtype="bfloat16")
+    assert (out / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(opened, tmp_path, monkeypatch):

@@ -21,19 +21,21 @@ from scripts import import_hf
 from scripts.export_hf import export
 from scripts.formats.hf_folder import CLASSES
 from scripts.import_hf import import_folder
+from tests.random_runs import make_random_run
 from train import cli
 from train.checkpoint import check_intact, find_checkpoint, open_run, read_training_state
 
-from .hf_cases import ROOT, YARN, random_run, small_tokenizer
+from .hf_cases import ROOT, YARN
 from .test_hf_export import SIX
 
+QUICK = ("llama", "qwen3_moe", "glm4_moe")  # of the six classes, every day
 IDS = torch.tensor([[(37 * i + 11) % 512 for i in range(100)]])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict:
+def folders(tmp_path_factory, small_tokenizer) -> dict:
     """Runs and exports made so far, by their keys: making one takes longer than copying it."""
-    return {"where": tmp_path_factory.mktemp("folders"), "tokenizer": small_tokenizer()}
+    return {"where": tmp_path_factory.mktemp("folders"), "tokenizer": small_tokenizer}
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def exported(folders, tmp_path):
     def make(**keys):
         name = f"case-{hashlib.sha256(repr(keys).encode()).hexdigest()[:8]}"
         if name not in folders:
-            path = random_run(folders["where"] / "runs", name, folders["tokenizer"], **keys)
+            path = make_random_run(folders["where"] / "runs", name, folders["tokenizer"], **keys)
             folders[name] = path, export(open_run(path, device="cpu", precision="float32"), folders["where"] / name)
         path, out = folders[name]
         return open_run(path, device="cpu", precision="float32"), shutil.copytree(out, tmp_path / "folder")
@@ -65,7 +67,9 @@ def change_json(path: Path, **changes) -> None:
 # ------------------------------------------------------------------------------------------------ there and back
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in CLASSES]
+)
 def test_export_and_import_give_the_same_model(exported, tmp_path, kind):
     run, out = exported(**SIX[kind])
     config, notes = import_folder(out, tmp_path / "runs/back", is_chat=True)
@@ -85,6 +89,7 @@ def test_export_and_import_give_the_same_model(exported, tmp_path, kind):
     export(back, tmp_path / "again")  # and out again: it checks itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "same"),
     [
@@ -201,9 +206,11 @@ def test_spare_rows_are_used_before_the_embedding_grows(exported, tmp_path):
 def test_a_token_that_is_there_but_not_special_becomes_special(exported, tmp_path):
     run, out = exported()
     change_tokenizer(out, special=False, im_end="<|im_end|>")
-    import_folder(out, tmp_path / "runs/back", is_chat=True)
+    _, notes = import_folder(out, tmp_path / "runs/back", is_chat=True)
+    assert "plain tokens made special: <|im_end|> (4); their embeddings stay as they were learned" in notes
     back = open_run(tmp_path / "runs/back", device="cpu", precision="float32")
     assert back.tokenizer.im_end_id == run.tokenizer.im_end_id and back.model.config.vocab_size == 512
+    assert torch.equal(logits_of(back), logits_of(run)), "an embedding that was learned is lost"
     assert Tokenizer.load(tmp_path / "runs/back/tokenizer").encode("<|im_end|>") != [back.tokenizer.im_end_id]
 
 
@@ -251,6 +258,7 @@ def refused(out: Path, runs: Path, match: str, started: str = "") -> None:
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map.*code of its own"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"use_sliding_window": True, "sliding_window": 16}, "sliding_window: 16"),
+        ({"use_sliding_window": True, "sliding_window": None, "max_position_embeddings": 8192}, "sliding_window: 4096"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
@@ -265,6 +273,9 @@ def refused(out: Path, runs: Path, match: str, started: str = "") -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers|out of range"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers"),
+        ({"num_experts_per_tok": 10**400}, "num_experts_per_tok"),
+        ({"router_aux_loss_coef": 10**400}, "router_aux_loss_coef"),
         ({"num_experts": 10**9}, "n_routed_experts"),
         ({"num_experts": 3}, r"layers\.0\.mlp\.gate\.weight has the shape"),
         ({"hidden_size": 10**30}, "hidden_size"),
@@ -371,6 +382,7 @@ def test_broken_files_are_one_sentence(exported, tmp_path):
         ("config.json", b"[]", "config.json: is no JSON object"),
         ("config.json", b"[" * 200_000, "config.json: is no JSON"),
         ("config.json", b"\xff\xfe", "config.json: is no JSON"),
+        ("config.json", b'{"vocab_size": ' + b"1" * 5000 + b"}", "config.json: is no JSON"),
         ("model.safetensors", good["model.safetensors"][:-100], "model.safetensors: cannot be read"),
         ("model.safetensors", b"\x80\x04K\x01.", "model.safetensors: cannot be read"),
         ("tokenizer.json", b"{}", "tokenizer.json: model must be"),
@@ -401,15 +413,27 @@ def test_tokenizers_that_do_not_fit_are_refused(exported, tmp_path):
     unigram = {**tree, "model": {"type": "Unigram", "vocab": []}}
     lossy = {**tree, "normalizer": {"type": "Lowercase"}}
     larger = {**tree, "added_tokens": [*tree["added_tokens"], {**tree["added_tokens"][0], "id": 700, "content": "<x>"}]}
+    half = {**tree, "added_tokens": [{**tree["added_tokens"][0], "content": "\ud800"}]}  # of a character
     negative = {**tree, "added_tokens": [{**tree["added_tokens"][0], "id": -1}]}
     for wrong, named in (
         (unigram, "of type BPE"),
         (lossy, "normalizer"),
         (larger, "another model's tokenizer"),
         (negative, "id"),
+        (half, "tokenizer.json: not readable"),
     ):
         (out / "tokenizer.json").write_text(json.dumps(wrong))
         refused(out, tmp_path / "made", named)
+
+
+def test_nothing_is_written_through_a_link_beside_the_run(exported, tmp_path):
+    _, out = exported()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/.back.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        import_folder(out, tmp_path / "runs/back", is_chat=False)
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "runs/back").exists()
 
 
 def test_nothing_is_written_over(exported, tmp_path):

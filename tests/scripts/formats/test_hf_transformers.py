@@ -16,6 +16,7 @@ from model.generate import generate
 from scripts.export_hf import HARD_TEXTS, export
 from scripts.formats.hf_folder import choose_layout
 from scripts.import_hf import import_folder
+from tests.random_runs import make_random_run
 from train.checkpoint import open_run
 
 from .hf_cases import (
@@ -26,9 +27,7 @@ from .hf_cases import (
     VARIANTS,
     in_transformers,
     key_of,
-    random_run,
     scaled_down,
-    small_tokenizer,
 )
 
 pytestmark = pytest.mark.slow
@@ -81,14 +80,16 @@ CASES = cases()
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory) -> dict[str, dict]:
+def ours(tmp_path_factory, small_tokenizer) -> dict[str, dict]:
     """{case: {"run", "out", "logits", "greedy"}}; equal models share one. A refused case has "refused" alone."""
-    folder, tokenizer, made = tmp_path_factory.mktemp("ours"), small_tokenizer(), {}
+    folder, made = tmp_path_factory.mktemp("ours"), {}
     for i, keys in enumerate(CASES.values()):
         key = key_of(keys)
         if key not in made:
             run = open_run(
-                random_run(folder / "runs", f"case-{i}", tokenizer, **keys), device="cpu", precision="float32"
+                make_random_run(folder / "runs", f"case-{i}", small_tokenizer, **keys),
+                device="cpu",
+                precision="float32",
             )
             try:
                 out = export(run, folder / f"case-{i}")
