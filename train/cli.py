@@ -22,9 +22,19 @@ class Unfinished(Exception):
     """Ends a command with UNFINISHED and its text in one line; whatever was saved before stays."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, which makes an empty list of a second `--` where one word belongs."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if not action.option_strings and action.nargs is None and getattr(namespace, action.dest, None) == []:
+                self.error(f"argument {action.metavar or action.dest}: '--' is none")
+        return namespace, rest
+
+
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """An ArgumentParser whose --help ends with an example."""
-    return argparse.ArgumentParser(
+    return _Parser(
         description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

@@ -379,6 +379,7 @@ REAL = [
     ("scripts.export_hf", ["{}/runs/pre", "{}/folder/x/../../empty"]),
     ("scripts.export_gguf", ["{}/runs/pre", "{}/folder"]),
     ("scripts.import_hf", ["{}/folder", "new"]),
+    ("scripts.import_hf", ["{}/folder", "--", "--"]),
     ("scripts.serve", ["{}/runs/pre", "--port", "99999"]),
     ("scripts.inspect_data", ["{}/pretrain.yaml", "--show", "-1"]),
     ("eval.report", ["{}/runs/pre", "--nonsense"]),
