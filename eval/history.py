@@ -274,9 +274,10 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
 
 
 def _read_json(path: Path, shape: dict) -> dict:
+    text = "".join(_lines(path, TEXT_LIMIT))
     try:
-        return fitting(json.loads("".join(_lines(path, TEXT_LIMIT)) or "{}"), shape)
-    except (json.JSONDecodeError, RecursionError):
+        return fitting(json.loads(text or "{}"), shape)
+    except (ValueError, RecursionError):  # ValueError: no JSON, or a number of more digits than Python reads
         return {}
 
 

@@ -308,16 +308,17 @@ def _chat(question: object, answer: object, verdict: str) -> str:
 
 def _times(stages: list[Stage]) -> str:
     """What each stage took: as the quickstart measured it, otherwise training and evaluation as the folders know them."""
-    work = {}
+    work = []
     for stage, kind in zip(stages, ("pretrain", "sft") if len(stages) == 2 else [s.name for s in stages], strict=True):
         rates = [r["tokens_per_second"] for r in stage.train if is_number(r.get("tokens_per_second"))]
         speed = f", {count(float(np.median(rates)))} tokens/s" if rates else ""
-        work[kind] = (stage, f"{stage.last_step:,} steps, {count(stage.tokens_seen)} tokens{speed}")
+        work.append((kind, stage, f"{stage.last_step:,} steps, {count(stage.tokens_seen)} tokens{speed}"))
     if measured := stages[-1].stages:
-        rows = [(name, seconds, work[name][1] if name in work else "") for name, seconds in measured.items()]
+        done = {kind: text for kind, _, text in work}
+        rows = [(name, seconds, done.get(name, "")) for name, seconds in measured.items()]
         rows.append(("together", sum(measured.values()), ""))
     else:
-        rows = [(f"training {stage.name}", stage.seconds, text) for stage, text in work.values() if stage.seconds]
+        rows = [(f"training {stage.name}", stage.seconds, text) for _, stage, text in work if stage.seconds]
         rows += [
             (f"evaluation of {s.name}", s.evaluation["seconds"], "") for s in stages if s.evaluation.get("seconds")
         ]

@@ -45,11 +45,10 @@ def main() -> int:
             f"{options.run}: no run folder (neither config.yaml nor metrics.jsonl in it); give one such as runs/NAME"
         )
     run = Watched(folder)
-    terminal = sys.stdout.isatty()
     style = Style.of(sys.stdout)
-    if options.once or not terminal:
+    if options.once or not sys.stdout.isatty():
         run.look()
-        print("\n".join(frame(run, style, *_size(None if options.once or not terminal else 0))))
+        print("\n".join(frame(run, style, *_size(None))))
         return 0
     with contextlib.suppress(KeyboardInterrupt), _screen(), _wakes() as wait:
         while True:

@@ -31,6 +31,7 @@ class Loads:
         self._moments: dict[int, np.ndarray] = {}  # step -> (L, E), 1 is the fair share
         self._every, self._count = 1, 0  # of so many moments one is kept
         self._since: list[np.ndarray] = []  # the last picture
+        self._shape: tuple[int, ...] = ()
 
     def add(self, row: dict) -> None:
         """A row of metrics.jsonl; one without routing changes nothing."""
@@ -38,9 +39,9 @@ class Loads:
         if row.get("kind") != "train" or not routing:
             return
         load = np.array(routing["load"], dtype=np.float32)
-        if routing["layers"] != self.layers or any(load.shape != other.shape for other in self._since[:1]):
+        if (routing["layers"], load.shape) != (self.layers, self._shape):
             self._moments, self._since, self._every, self._count = {}, [], 1, 0
-        self.layers = routing["layers"]
+        self.layers, self._shape = routing["layers"], load.shape
         load *= load.shape[1]
         self._since.append(load)
         self._count += 1

@@ -234,7 +234,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, at_the_end: conte
             else f"finished: {plan.steps} steps, {progress.tokens:,} tokens, {clock.seconds():.0f} s of training, best at step "
             f"{progress.best_step}; run folder {folder.path}"
         )
-        world.on_main(reporter.close)  # wandb may take a while; who leaves earlier makes torchrun hurry the others
+        # wandb may take a while; who leaves earlier makes torchrun hurry the others
+        world.on_main(lambda: reporter.close(hurried=stopping))
     return 128 + (signals.received or signal.SIGTERM) if stopping else 0
 
 

@@ -15,6 +15,8 @@ from train.config import RunConfig
 from train.files import open_plain, without_home
 from train.trackers import Beside, Earlier, start_trackers
 
+HURRIED = 15.0  # seconds that a tracker gets in a run that was asked to stop: who asks often kills after 30
+
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a JSONL file, without a last line that a kill cut off; empty if there is no file.
@@ -79,6 +81,7 @@ class Reporter:
         self._bar = None
         self._trackers: list[Beside] = []
         self._disk_refused = False
+        self._patience = config.train.stall_timeout / 2 or math.inf  # the watchdog would take more for a stall
         if not speaks:
             return
         self._trackers = start_trackers(config, run_dir, lambda: read_earlier(run_dir, start))
@@ -94,12 +97,14 @@ class Reporter:
         self.close(failed=kind is not None)
 
     def say(self, text: str) -> None:
+        """Prints a text, and keeps it in log.txt."""
         if not self.speaks:
             return
         self._show(lambda: self._bar.write(text) if self._bar is not None else print(text, flush=True))
         self._write(append_text, "log.txt", without_home(text) + "\n")
 
     def log(self, row: dict) -> None:
+        """Adds a row to metrics.jsonl and tells the trackers."""
         if not self.speaks:
             return
         self._write(append_row, "metrics.jsonl", row)
@@ -117,14 +122,15 @@ class Reporter:
         if self._bar is not None:
             self._show(self._bar.update)
 
-    def close(self, failed: bool = False) -> None:
-        """Closes the bar and the trackers, which are told whether the run failed. A second call does nothing."""
+    def close(self, failed: bool = False, hurried: bool = False) -> None:
+        """Closes the bar and the trackers, which are told whether the run failed; `hurried` gives them HURRIED seconds at most.
+        A second call does nothing."""
         if self._bar is not None:
             self._show(self._bar.close)
         self._bar = None
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
-            tracker.close(failed)
+            tracker.close(failed, min(self._patience, HURRIED) if hurried else self._patience)
             self._say_notes(tracker)
 
     def _show(self, write: Callable[[], object]) -> None:

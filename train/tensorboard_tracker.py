@@ -1,4 +1,4 @@
-"""TensorBoard: RUN/tensorboard/ for `tensorboard --logdir runs`, several runs side by side. Needs the package tensorboard.
+"""TensorBoard: RUN/tensorboard/ for `tensorboard --logdir runs`, several runs side by side. Needs the packages tensorboard and pillow.
 
     tensorboard: true           in the config
 
@@ -32,10 +32,13 @@ LONGEST_TEXT = 2000  # characters of a text that is shown
 
 
 class TensorBoardTracker(Tracker):
+    """RUN/tensorboard/: scalars, texts and pictures, each step once."""
+
     name = "tensorboard"
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        need("tensorboard", "tensorboard: true")
+        for package in ("tensorboard", "PIL"):  # PIL: pictures
+            need(package, "tensorboard: true")
         self._config, self._folder, self._loads = config, run_dir / FOLDER, Loads()
         if self._folder.is_symlink():
             raise ValueError(f"{self._folder}: is a link, and a run writes to plain files alone; remove it")
@@ -121,6 +124,7 @@ class EventFile:
         self._write(self._events.Event(summary=summary), step)
 
     def add_numbers(self, numbers: dict[str, float], step: int) -> None:
+        """Scalars of one step."""
         value = self._summaries.Summary.Value
         values = [value(tag=name, simple_value=number) for name, number in numbers.items() if number is not None]
         self.add(self._summaries.Summary(value=values), step)

@@ -9,6 +9,7 @@ waits for it nor ends with it, whatever happens to a network, a disk or a servic
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import signal
@@ -80,13 +81,15 @@ class Beside:
             except queue.Full:
                 self._give_up(f"is {MOST_WAITING} rows behind")
 
-    def close(self, failed: bool) -> None:
-        """Tells the end, and waits for it as long as the tracker's patience says. Processes that it leaves behind are killed."""
+    def close(self, failed: bool, at_most: float = math.inf) -> None:
+        """Tells the end, and waits for it as long as the tracker's patience says, or `at_most` seconds. Processes that it leaves
+        behind are killed."""
+        patience = min(self.tracker.patience, at_most)
         self.tell("close", failed)
-        self._thread.join(self.tracker.patience if not self.ended else 1.0)
+        self._thread.join(patience if not self.ended else 1.0)
         if self._thread.is_alive():
-            self._give_up(f"did not finish within {self.tracker.patience:.0f} s")
-            deadline = time.monotonic() + min(5.0, self.tracker.patience)
+            self._give_up(f"did not finish within {patience:.0f} s")
+            deadline = time.monotonic() + min(5.0, patience)
             while self._thread.is_alive() and time.monotonic() < deadline:
                 kill_children(self._thread)  # wandb's exit hook would wait for its process for ever
                 self._thread.join(0.2)

@@ -1,7 +1,8 @@
 """Weights & Biases: the run there has the config, every number of metrics.jsonl, tables, pictures of the load, the report.
 
 `wandb.mode: offline` writes into RUN/wandb, which `wandb sync` uploads later. A resumed run is the same run there: its id is
-kept in RUN/wandb_id, and its charts are drawn against the step of the row, never against wandb's own counter.
+kept in RUN/wandb_id, and its charts are drawn against the step of the row, never against wandb's own counter. Turned on later,
+it begins with what metrics.jsonl has.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ COLUMNS = {
 
 
 class WandbTracker(Tracker):
+    """The run at Weights & Biases, or in RUN/wandb/ for `wandb sync`."""
+
     name = "wandb"
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.patience = 2 * WANDB_SECONDS + GOING_OFFLINE  # it may still be looking for its server
         self._config, self._run_dir, self._loads = config, run_dir, Loads()
+        self._is_new = not (run_dir / "wandb_id").exists()
         self._wandb, self._run_id, self._run = *_prepare(config, run_dir), None
         self._tables: dict[str, dict] = {name: {} for name in COLUMNS}  # name -> key -> row
         self._new: set[str] = set()  # tables with rows that are not shown yet
@@ -57,6 +61,8 @@ class WandbTracker(Tracker):
             self._run.define_metric(axis, hidden=axis == "step")
         self._run.define_metric("*", step_metric="step")  # a resumed run goes back some steps; wandb's counter may not
         self._run.define_metric("held_out/loss", step_metric="step", summary="min,last")
+        for row in earlier.rows if self._is_new else ():  # wandb was turned on later
+            self._run.log(flat(row))
 
     def log(self, row: dict) -> None:
         self._keep(row)

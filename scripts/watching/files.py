@@ -20,7 +20,7 @@ LONGEST_LINE = 16 * 2**20  # bytes; a longer one is no row of ours
 LOG_END = 2**15  # bytes of log.txt that are read
 LAST_ROWS = 10  # of training, whose mean is the load now
 QUIET, USUAL_TIMES = 30.0, 5.0  # nothing new for so many seconds, and so many times the usual, is a stall
-STEP_IN_LOG = re.compile(r"^step +(\d+)/(\d+) ", re.MULTILINE)
+STEP_IN_LOG = re.compile(r"^step +(\d{1,15})/(\d{1,15}) ", re.MULTILINE)
 
 
 class Tail:
@@ -31,12 +31,13 @@ class Tail:
         self._at, self._rest, self._inode, self._skipping = 0, b"", None, False
 
     def rows(self) -> Iterator[dict]:
-        """New rows. `restarted` tells before whether the file is another one, and all rows come again."""
+        """New rows. `restarted` tells before whether the file is another one."""
         file = open_plain(self.path, ROWS_LIMIT)
         if file is None:
             return
         with file:
-            self.changed = os.fstat(file.fileno()).st_mtime
+            about = os.fstat(file.fileno())
+            self.changed, self._inode = about.st_mtime, about.st_ino
             file.seek(self._at)
             while chunk := file.read(CHUNK):
                 self._at += len(chunk)
@@ -50,17 +51,12 @@ class Tail:
                     self._rest, self._skipping = b"", True
 
     def restarted(self) -> bool:
-        """Whether the file was replaced or cut since the last look; it is then read from its start."""
+        """Whether the file was replaced or cut since the last look: then a new Tail reads it from its start."""
         try:
             about = os.stat(self.path, follow_symlinks=False)
         except OSError:
             about = None
-        inode = about.st_ino if about else None
-        again = self._at > 0 and (inode != self._inode or about.st_size < self._at)
-        if again:
-            self._at, self._rest, self._skipping = 0, b"", False
-        self._inode = inode
-        return again
+        return self._at > 0 and (about is None or about.st_ino != self._inode or about.st_size < self._at)
 
 
 def _row(line: bytes) -> dict | None:
@@ -159,9 +155,9 @@ class Watched:
 
     @property
     def heard_at(self) -> float:
-        """When one of the files was last written to; 0 where there is none."""
+        """When one of the files was last written to, never later than now; 0 where there is none."""
         times = [self._metrics.changed, self._samples.changed, _changed(self.folder / "log.txt")]
-        return max(times)
+        return max(0.0, min(max(times), self.now))  # a file may bear any date, one that no clock can show too
 
     @property
     def usual_pause(self) -> float:

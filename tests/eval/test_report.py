@@ -99,6 +99,13 @@ def test_a_missing_file_is_a_missing_part(tmp_path, missing):
     report(run)
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "run.json", "metrics.jsonl"])
+def test_a_number_that_python_does_not_read_is_a_missing_part(tmp_path, name):
+    run = make_run(tmp_path / "run", steps=40)
+    (run / name).write_text(f'{{"step": {"9" * 5000}}}')
+    report(run)
+
+
 def test_one_row_is_enough(tmp_path):
     run = make_run(tmp_path / "run", steps=5, evaluated=False)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
@@ -146,6 +153,13 @@ def test_runs_that_start_from_each_other_end(tmp_path):
     make_run(tmp_path / "a", steps=10, init_from=str(tmp_path / "b"))
     b = make_run(tmp_path / "b", steps=10, init_from=str(tmp_path / "a"))
     assert [stage.name for stage in read_lineage(b)] == ["a", "b"]
+
+
+def test_stages_of_one_name_are_each_counted(tmp_path):
+    first = make_run(tmp_path / "1/same", steps=100)
+    second = make_run(tmp_path / "2/same", steps=60, init_from=str(first))
+    page, _ = report(make_run(tmp_path / "3/same", steps=40, init_from=str(second)))
+    assert page.texts.count("training same") == 3 and page.texts.count("evaluation of same") == 3
 
 
 def test_a_checkpoint_without_its_run_is_no_parent(tmp_path):

@@ -106,6 +106,18 @@ def test_another_file_in_its_place_is_read_anew(tmp_path):
     )
 
 
+def test_a_file_that_was_replaced_is_read_once_more_and_not_at_every_look(tmp_path):
+    run = make_run(tmp_path / "run", steps=50)
+    watched = Watched(run)
+    watched.look()
+    (run / "new").write_text((run / "metrics.jsonl").read_text())
+    (run / "new").rename(run / "metrics.jsonl")
+    watched.look()
+    tails = watched._metrics, watched._samples
+    watched.look()
+    assert (watched._metrics, watched._samples) == tails and watched.step == 50
+
+
 def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):
     run = make_run(tmp_path / "run", steps=50)
     watched = Watched(run)
@@ -289,6 +301,18 @@ def test_text_of_strangers_gives_the_terminal_no_orders(tmp_path):
         assert text.count("esrever") >= 4, "the text itself is shown"
 
 
+@pytest.mark.parametrize("digits", [16, 400, 5000])
+def test_a_log_with_endless_numbers_and_a_date_that_no_clock_has(tmp_path, digits):
+    run = make_run(tmp_path / "run", steps=50)
+    (run / "log.txt").write_text(f"step 5/{'9' * digits} loss\n")
+    assert "step 50 of 50" in seen(run)
+    (run / "metrics.jsonl").rename(run / "rows")
+    watched = Watched(run)
+    watched.look()
+    watched._samples.changed = 10.0**digits if digits < 300 else float("inf")
+    assert watched.silence == 0 and "not running, not finished" in "\n".join(frame(watched, PLAIN, 80, None))
+
+
 VALUES = st.one_of(
     st.sampled_from([None, True, 10**400, -1, 0, 2**63, 1e308, -1e308, float("nan"), float("inf"), "", "x", [], {}, [[]], [None], [["a"]], [[-1.0]]]),
     st.text(max_size=5),
@@ -328,6 +352,7 @@ def test_cutting_counts_columns_not_characters():
     assert width("e\u0301") == 1 and clean("a\nb\tc\x1b[31m") == "a↵b c[31m"
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab c混", max_size=80), st.integers(4, 30), st.integers(1, 5))
 def test_wrapping_loses_nothing_that_has_room(text, columns, rows):
     lines = wrapped(text, columns, rows)

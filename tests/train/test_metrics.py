@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import RunConfig, WandbConfig
@@ -46,6 +46,7 @@ def test_a_kill_at_any_byte_costs_the_last_row_alone(tmp_path):
         assert read_rows(path) == [*ROWS[:kept], {"after": "the kill"}], f"cut after {whole[last:cut]!r}"
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(
         st.dictionaries(

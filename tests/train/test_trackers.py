@@ -6,26 +6,28 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from train import load_picture
-from train.config import RunConfig, WandbConfig, to_yaml
+from eval.charts import share_rgb
+from train import load_picture, metrics
+from train.config import RunConfig, TrainConfig, WandbConfig, to_yaml
 from train.load_picture import Loads, colours
-from train.metrics import Reporter, read_rows
+from train.metrics import Reporter, append_row, read_rows
 from train.trackers import MOST_WAITING, Beside, Earlier, Tracker, flat, publish
 
-from .conftest import environment, finish
+from .conftest import ROOT, environment, finish
 from .conftest import start as start_command
 from .wandb_server import KEY, wandb_server
 
@@ -180,7 +182,25 @@ def test_a_full_disk_that_refuses_a_note_does_not_hide_in_the_trackers_thread(tm
     reporter.close()
 
 
+@pytest.mark.parametrize(("hurried", "stall_timeout"), [(True, 600.0), (False, 1.0)])
+def test_who_was_asked_to_stop_or_is_watched_waits_less_for_a_tracker(tmp_path, monkeypatch, hurried, stall_timeout):
+    """A scheduler kills 30 s after its SIGTERM; the watchdog ends what has not moved for train.stall_timeout."""
+    monkeypatch.setattr(metrics, "HURRIED", 0.3)
+    monkeypatch.setattr(Told, "patience", 20.0)
+    config = RunConfig(train=TrainConfig(steps=10, stall_timeout=stall_timeout))
+    reporter = Reporter(config, tmp_path, steps=10, start=0, speaks=True)
+    reporter._trackers = [Beside(Told(threading.Event().wait), lambda: NOTHING)]
+    reporter.log({"kind": "train", "step": 3})
+    reporter.close(hurried=hurried)
+    assert "told: did not finish within 0 s" in (tmp_path / "log.txt").read_text()
+
+
 # Pictures of the load
+
+
+def test_the_colours_are_those_of_the_report():
+    load = np.linspace(0, 5, 40)
+    assert np.abs(colours(load).astype(int) - share_rgb(load)).max() <= 1
 
 
 def test_colours_say_more_or_less_than_the_fair_share():
@@ -213,8 +233,10 @@ def test_the_picture_over_time_is_bounded_and_a_run_of_another_shape_starts_anew
         loads.add(train_row(step))
     assert len(loads._moments) <= 10 and max(loads._moments) > 150 and min(loads._moments) < 40
     assert set(loads.pictures()) == {"expert_load", "expert_load_over_time"}
-    loads.add(train_row(201, layers=(0, 1, 2)))
-    assert list(loads._moments.values())[0].shape == (3, 4)
+    for step, (layers, experts) in enumerate((((0, 1, 2), 4), ((0, 1, 2), 6)), start=201):
+        loads.add(train_row(step, layers, experts))
+        assert [load.shape for load in loads._moments.values()] == [(3, experts)]
+        loads.pictures()
 
 
 # TensorBoard
@@ -425,7 +447,9 @@ print(f"longest {longest:.2f} end {time.monotonic() - ended:.1f}")
 """
 
 
-def report(run_dir: Path, mode: str, seconds: float = 20, trouble: str = "none", **variables: str) -> tuple[str, float]:
+def report(
+    run_dir: Path, mode: str, seconds: float = 20, trouble: str = "none", before: Sequence[int] = (), **variables: str
+) -> tuple[str, float]:
     """Sixty rows and three evaluations by a process of its own; (what it said, the longest that a call of it took)."""
     kept = {key: value for key, value in environment().items() if not key.startswith("WANDB")}
     done = subprocess.run(
@@ -434,7 +458,7 @@ def report(run_dir: Path, mode: str, seconds: float = 20, trouble: str = "none",
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     rows = read_rows(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 61)), (
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [*before, *range(1, 61)], (
         "every row is in metrics.jsonl"
     )
     return (run_dir / "log.txt").read_text(), float(done.stdout.split("longest ")[1].split()[0])
@@ -474,13 +498,16 @@ def test_offline_wandb_has_every_number_tables_and_pictures_and_online_without_a
     pytest.importorskip("wandb")
     pytest.importorskip("PIL")
     run_dir = tmp_path / "run"
-    said, _ = report(run_dir, "offline")
+    run_dir.mkdir()
+    append_row(run_dir / "metrics.jsonl", train_row(0))  # from before wandb was turned on
+    said, _ = report(run_dir, "offline", before=[0])
     assert "wandb: to upload this run: wandb sync run/wandb/offline-run-" in said
     (run_dir / "metrics.jsonl").unlink()
     said, _ = report(run_dir, "online")
     assert "no API key found (WANDB_API_KEY or `wandb login`), so this run is logged offline" in said
     first, second = wandb_files(run_dir)
     assert first.name == second.name, "a resumed run keeps its id"
+    assert [row["step"] for row in history(first)][:2] == [0, 1]
     rows = history(second)
     for row in read_rows(run_dir / "metrics.jsonl"):
         wanted = {name: number for name, number in flat(row).items() if number == number}.items()  # a NaN is no equal
@@ -537,7 +564,7 @@ def test_wandb_in_trouble_neither_stops_nor_slows_a_run(tmp_path):
         for name, (_, expected) in cases.items():
             said, longest = ends[name].result()
             assert expected in said, f"{name}: {said}"
-            assert longest < 1, f"{name}: a call of the training's took {longest} s"
+            assert longest < 3, f"{name}: a call of the training's took {longest} s"
     (offline,) = (tmp_path / "500").glob("wandb/offline-run-*/run-*.wandb")
     steps = {row.get("step") for row in history(offline)}
     assert steps >= set(range(1, 61)), "the rows that came while it looked for its server are there too"
@@ -552,9 +579,51 @@ def test_a_full_disk_in_wandbs_folder_stops_no_run(tmp_path):
         pytest.skip("mounting a small file system is not permitted here")
     try:
         said, longest = report(tmp_path / "run", "offline", 4, "full")
-        assert longest < 1 and "wandb: to upload this run" in said
+        assert longest < 3 and "wandb: to upload this run" in said
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+HURRIED_TRAINING = """
+import sys
+import train.metrics
+from train import cli, pretrain
+train.metrics.HURRIED = float(sys.argv.pop(1))
+cli.run(pretrain.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_that_has_wandb(workplace, tmp_path):
+    """Saved and gone; a healthy server knows that it ended, a silent one is not waited for."""
+    pytest.importorskip("wandb")
+    with contextlib.ExitStack() as stack:
+        cases = {}
+        for mood in ("good", "hangs"):
+            server = stack.enter_context(wandb_server())
+            seconds = 4.0 if mood == "hangs" else 60.0  # a busy machine takes its time
+            config = [workplace / "pretrain.yaml", f"runs_dir={tmp_path}", f"name={mood}", "wandb.mode=online"]
+            words = [sys.executable, "-c", HURRIED_TRAINING, seconds, *config, "train.steps=100000"]
+            place = {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY}
+            process = subprocess.Popen(
+                list(map(str, words)), cwd=ROOT, env=environment() | place, stdout=subprocess.DEVNULL
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            cases[mood] = server, process
+        for mood, (server, process) in cases.items():
+            while not server.runs or not read_rows(tmp_path / mood / "metrics.jsonl"):
+                assert process.poll() is None
+                time.sleep(0.05)
+            server.mood = mood
+            process.send_signal(signal.SIGTERM)
+        for mood, (_, process) in cases.items():
+            assert process.wait(timeout=120) == 128 + signal.SIGTERM, mood
+            assert "stopped after step" in (tmp_path / mood / "log.txt").read_text()
+            assert list((tmp_path / mood / "checkpoints").glob("step-*")), "saved"
+        (run,) = cases["good"][0].runs.values()
+        assert run.state == "finished" and run.exit_code == 0
+        assert "did not finish within 4 s" in (tmp_path / "hangs/log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -567,7 +636,7 @@ def test_a_killed_and_resumed_run_is_one_run_at_wandb_and_in_tensorboard(workpla
     with wandb_server() as server:
         os.environ.update(place := {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY})
         try:
-            process = start_command("train.pretrain", *config, "train.steps=400", "train.log_every=2")
+            process = start_command("train.pretrain", *config, "train.steps=100000", "train.log_every=2")
             wanted = 24
             while (
                 max((row["step"] for row in read_rows(run_dir / "metrics.jsonl")), default=0) < wanted
@@ -577,7 +646,9 @@ def test_a_killed_and_resumed_run_is_one_run_at_wandb_and_in_tensorboard(workpla
                 time.sleep(0.02)
             process.kill()
             process.communicate()
-            said = finish(start_command("train.pretrain", *config, "train.steps=40", "train.log_every=2"))
+            killed_at = max(row["step"] for row in read_rows(run_dir / "metrics.jsonl"))
+            end = killed_at + 16
+            said = finish(start_command("train.pretrain", *config, f"train.steps={end}", "train.log_every=2"))
             assert "resumed at step" in said and f"wandb: {server.address}" in said
             (run_dir / "report.html").write_text("<h1>report</h1>")
             sentence = publish(run_dir, [run_dir / "report.html"])
@@ -587,13 +658,12 @@ def test_a_killed_and_resumed_run_is_one_run_at_wandb_and_in_tensorboard(workpla
         (run_id,) = server.runs
         run = server.runs[run_id]
     steps = {row["step"] for row in run.history if "train/loss" in row}
-    last = steps and max(steps)
-    assert last == 40 and set(range(26, 41, 2)) <= steps, steps
+    assert steps >= set(range(killed_at + 2, end + 1, 2)) and max(steps) == end, steps
     assert run.state == "finished" and run.exit_code == 0
-    assert run.config["train"]["value"]["steps"] == 40, "the config of the newest session"
+    assert run.config["train"]["value"]["steps"] == end, "the config of the newest session"
     assert run.artifacts[f"report-{run_id}"]["report.html"] == b"<h1>report</h1>" and "report.html" in sentence
     assert any(name.startswith("media/html/report") for name in run.files)
     seen = events(run_dir)
     newest = {row["step"]: row["loss"] for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] == "train"}
-    assert steps_of(seen["train/loss"]) == list(range(2, 41, 2)), "each step once, none missing"
+    assert steps_of(seen["train/loss"]) == list(range(2, end + 1, 2)), "each step once, none missing"
     assert [value for _, value in seen["train/loss"]] == pytest.approx(list(newest.values()), rel=1e-6)
