@@ -240,8 +240,8 @@ def main() -> int:
     names, others = choose_tasks(
         options.tasks, run.config.data.format == "chat", own_folder=options.include_path is not None
     )
-    for name in ("include_path", "fewshot"):
-        if getattr(options, name) is not None and not others:
+    for name in ("include_path", "fewshot", "chat_template", "add_bos"):
+        if getattr(options, name) != parser.get_default(name) and not others:
             raise ValueError(
                 f"--{name.replace('_', '-')}: is for tasks of lm-evaluation-harness, and --tasks names none; "
                 "ours have namesakes there: minimoe_sums, ..."

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.machinery
 import io
 import logging
 import math
@@ -21,6 +22,7 @@ import random
 import socket
 import sys
 import tempfile
+import types
 import typing
 import urllib.parse
 from collections.abc import Iterable, Iterator
@@ -67,7 +69,7 @@ def load_tasks(names: list[str], *, fewshot: int | None = None, include_path: Pa
 
     harness_guard.sandbox_templates()
     _refuse_foreign_metrics()
-    with tempfile.TemporaryDirectory(prefix="minimoe-tasks-") as folder, _offline_where_it_is():
+    with tempfile.TemporaryDirectory(prefix="minimoe-tasks-") as folder:
         managers = []
         if include_path is not None:
             harness_guard.check_folder(include_path, set(METRIC_REGISTRY.keys()), harness_tasks.TRUSTED)
@@ -79,14 +81,18 @@ def load_tasks(names: list[str], *, fewshot: int | None = None, include_path: Pa
             managers.append(TaskManager(include_path=str(own), include_defaults=False))
         if any(name not in harness_tasks.NAMES for name in left):
             managers.append(_all_tasks())
-        parts = [_load(name, next((m for m in managers if name in m.task_index), None), managers) for name in names]
+        found = {name: next((m for m in managers if name in m.task_index), None) for name in names}
+        is_local = all(manager and _dataset(name, manager) in harness_guard.FORMATS for name, manager in found.items())
+        with contextlib.nullcontext() if is_local else _offline_where_it_is():
+            parts = [_load(name, manager, managers) for name, manager in found.items()]
     loaded: dict = {"tasks": {}, "groups": {}, "group_map": {}}
     for part in parts:
-        for key, found in part.items():
-            loaded[key] |= found
+        for key, items in part.items():
+            loaded[key] |= items
     for name, task in loaded["tasks"].items():
         _check(name, task)
         _set_fewshot(name, task, fewshot)
+        _let_perplexity_be_infinite(task)
     return Loaded(names, loaded)
 
 
@@ -124,9 +130,13 @@ def evaluate(
     chat_template: bool | None = None,
     add_bos: bool = False,
 ) -> dict:
-    """lm_eval's own results (`results`, `samples`, ...), and `notes`, sentences about cut questions and answers."""
+    """lm_eval's own results (`results`, `samples`, ...), and `notes`, sentences about cut questions and answers.
+
+    Raises ValueError where a task's template meets a question that lacks what it names.
+    """
     import numpy as np
     import torch
+    from jinja2 import TemplateError
     from lm_eval import evaluator
 
     from eval.harness_model import RunLM
@@ -135,16 +145,20 @@ def evaluate(
     random.seed(0)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
-    with _hidden_output():
-        results = evaluator.evaluate(
-            lm=model,
-            task_dict=chosen.tasks,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            apply_chat_template=model.is_chat if chat_template is None else chat_template,
-            fewshot_as_multiturn=True,
-            confirm_run_unsafe_code=False,
-        )
+    try:
+        with _hidden_output():
+            results = evaluator.evaluate(
+                lm=model,
+                task_dict=chosen.tasks,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                apply_chat_template=model.is_chat if chat_template is None else chat_template,
+                fewshot_as_multiturn=True,
+                confirm_run_unsafe_code=False,
+            )
+    except TemplateError as error:  # of the first question alone it is seen while the task is loaded
+        names = ", ".join(chosen.asked)
+        raise ValueError(f"--tasks: a template of {names} fails on a question: {one_line(error)}; {_MEND}") from None
     return {**results, "notes": model.notes()}
 
 
@@ -166,22 +180,25 @@ def _load(name: str, manager: typing.Any, managers: list) -> dict:
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "`lm_eval ls tasks` lists them"
         raise ValueError(f"--tasks: {name!r} is no task of ours, nor of lm-evaluation-harness; {remedy}")
-    config = manager.task_index[name].cfg or {}
-    if config.get("unsafe_code"):
+    if (manager.task_index[name].cfg or {}).get("unsafe_code"):
         raise ValueError(_runs_code(name))
-    path = str(config.get("dataset_path") or "")
     try:
         with _hidden_output():
             return manager.load([name])
     except Exception as error:  # whatever lm_eval, datasets and the network meet
         short = f"{type(error).__name__}: {one_line(error)}"
         if isinstance(error, ConnectionError) or "Offline" in short:
-            short = f"its data set {path} is not on this machine, and the Hub is out of reach; {WITHOUT_THE_HUB}"
+            short = f"its data set {_dataset(name, manager)} is not on this machine, and the Hub is out of reach; {WITHOUT_THE_HUB}"
         elif isinstance(error, ValueError):
             short = f"{one_line(error)}; {_MEND}"
         else:
             short = f"{short}; {_MEND}"
         raise ValueError(f"--tasks: {name} cannot be opened: {short}") from None
+
+
+def _dataset(name: str, manager: typing.Any) -> str:
+    """What the task gives to `load_dataset`; nothing for a group."""
+    return str((manager.task_index[name].cfg or {}).get("dataset_path") or "")
 
 
 _MEND = "mend its YAML or its data, or leave it out"
@@ -216,6 +233,20 @@ def _set_fewshot(name: str, task: typing.Any, fewshot: int | None) -> None:
     task.set_fewshot_seed(seed=SEED)
 
 
+def _let_perplexity_be_infinite(task: typing.Any) -> None:
+    """lm_eval's perplexity per word ends in an OverflowError above e**709, where a text without spaces is one word."""
+    from lm_eval.api.metrics import weighted_perplexity
+
+    def of(items: list[tuple[float, float]]) -> float:
+        try:
+            return weighted_perplexity(items)
+        except OverflowError:
+            return math.inf
+
+    kinds = getattr(task, "_aggregation_list", {})
+    kinds.update({metric: of for metric, kind in kinds.items() if kind is weighted_perplexity})
+
+
 def _quiet() -> None:
     """lm_eval's log and bars: errors, and a bar only where a person watches."""
     import datasets
@@ -233,15 +264,20 @@ _FOREIGN_METRIC = "a script that would be fetched from the Hub and run, which Mi
 
 
 def _refuse_foreign_metrics() -> None:
-    """`evaluate.load` runs a Python file of the working folder or of the Hub; some tasks call it while they are loaded."""
+    """`evaluate.load` runs a Python file of the working folder or of the Hub; some tasks call it while they are loaded.
+
+    Of the package lm_eval and its tasks use this one function, so a stand-in of one function takes its place: its import
+    costs four seconds.
+    """
 
     def refuse(*_: object, **__: object) -> None:
         raise ValueError(f"its metric is {_FOREIGN_METRIC}")
 
-    with contextlib.suppress(ModuleNotFoundError):
-        import evaluate as package
-
-        package.load = refuse
+    if "evaluate" not in sys.modules:
+        package = types.ModuleType("evaluate")
+        package.__spec__ = importlib.machinery.ModuleSpec("evaluate", None)  # for importlib.util.find_spec
+        sys.modules["evaluate"] = package
+    sys.modules["evaluate"].load = refuse
 
 
 @contextlib.contextmanager
@@ -275,7 +311,7 @@ def _hidden_output() -> Iterator[None]:
 
 
 def _measured(raw: dict, name: str) -> dict[tuple[str, str], dict]:
-    """(metric, filter) -> score and, where lm_eval has one, standard_error; in the task's own order."""
+    """(metric, filter) -> score and, where lm_eval has one, standard_error; in the task's own order, and finite ones alone."""
     row, found = raw["results"].get(name) or {}, {}
     for key, value in row.items():
         metric, comma, filter_name = key.partition(",")
@@ -376,7 +412,8 @@ def _label(metric: str, filter_name: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    """Finite, so that it is a number in JSON too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mean(values: Iterable[float]) -> float:

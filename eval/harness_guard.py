@@ -1,8 +1,9 @@
 """What a folder of task YAML may do that is not ours: describe tasks over data, and nothing else.
 
 lm-evaluation-harness takes from a YAML file names of Python functions (`!function`) and of metrics that it would download
-and run, paths of pickled tables, prompts out of other files, and templates that reach into Python. A folder given with
---include-path is read here first, and refused where it asks for one of these; templates are rendered in a sandbox.
+and run, paths of pickled tables, file systems that render templates of their own (fsspec's `reference://`), prompts out of
+other files, and templates that reach into Python. A folder given with --include-path is read here first, and refused where
+it asks for one of these; templates are rendered in a sandbox.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ PLAIN = {
     f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")
 }
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DATA_OPTIONS = ("data_files", "data_dir", "cache_dir", "revision", "split", "field", "delimiter", "sep", "encoding")
+# Paths and addresses; "::" and other schemes name file systems.
+PLAIN_PLACE = re.compile(r"(https?://|hf://)?(?!.*(://|::)).*")
 FORBIDDEN = ("unsafe_code", "trust_remote_code", "hf_evaluate", "use_prompt")  # code to download, and files of prompts
 
 
@@ -105,16 +109,33 @@ def _check_entry(key: str, node: yaml.Node, path: Path, metrics: set[str]) -> No
     if key == "dataset_path":
         good = isinstance(value, str) and (value in FORMATS or (HUB_NAME.fullmatch(value) and not Path(value).exists()))
         remedy = f"give one of {', '.join(FORMATS)} (and data_files), or the name of a data set on the Hub"
-    elif key == "metric_list":
-        items = [item for item in value if isinstance(item, yaml.MappingNode)] if isinstance(value, list) else []
-        names = [name.value for item in items for k, name in item.value if k.value == "metric"]
-        unknown = [name for name in names if not isinstance(name, str) or name not in metrics]
+    elif key == "dataset_kwargs" and isinstance(node, yaml.MappingNode):
+        unknown = [str(name.value) for name, _ in value if name.value not in DATA_OPTIONS]
         good, value = not unknown, unknown[0] if unknown else value
+        remedy = f"its keys may be {', '.join(DATA_OPTIONS)}"
+    elif key in ("data_files", "data_dir"):
+        strange = [text for text in _texts(node) if not PLAIN_PLACE.fullmatch(text)]
+        good, value = not strange, strange[0] if strange else value
+        remedy = "give a path, or an address with https://"
+    elif key == "metric":  # wherever it stands: a merge key (<<) can carry it into a metric_list
+        good = isinstance(value, str) and value in metrics
         remedy = "use a metric of lm_eval itself, such as acc, acc_norm or exact_match"
     elif key in FORBIDDEN:
         good = isinstance(value, str) and value.lower() in ("false", "no", "off", "null", "~", "")
     if not good:
         raise ValueError(f"{path}: {key}: {short(value)} is not allowed in a task from --include-path; {remedy}")
+
+
+def _texts(node: yaml.Node) -> Iterator[str]:
+    """The values in data_files: one, a list, or a mapping of splits to these."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node.value
+        return
+    parts = node.value if isinstance(node, yaml.SequenceNode) else [value for _, value in node.value]
+    for part in parts:
+        inner = part.value if isinstance(part, yaml.SequenceNode) else [part]
+        # What is nested deeper is nothing that `datasets` takes; it stands here as a name that is refused.
+        yield from (item.value if isinstance(item, yaml.ScalarNode) else "::" for item in inner)
 
 
 def sandbox_templates() -> None:

@@ -30,11 +30,7 @@ if typing.TYPE_CHECKING:
 
 LOGITS_AT_ONCE = 2**26  # numbers, a quarter of a GiB in float32: rows of a forward pass * tokens * vocabulary
 NEW_TOKENS = 256  # where a task does not say, as lm_eval's own model has it
-SAMPLING = (
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-)  # a task's options that `model.batching.Sampling` has under the same name
+SAMPLING = ("top_k", "top_p", "repetition_penalty")  # of a task's options those that model.batching.Sampling has
 
 Scored = tuple[float, bool]  # nats below zero, whether greedy decoding would have said the same
 
@@ -53,7 +49,7 @@ class RunLM(TemplateLM):
         self.asked = self.cut = 0  # requests so far; those that lost their beginning
         self.bos, self.eos = (run.tokenizer.decode([i], skip_special_tokens=False) for i in self._border_ids())
         # Ours keeps special tokens in a text as text; lm_eval, like every tool that renders a template first, must not.
-        self.tokens = tokenizers.Tokenizer.from_str(run.tokenizer._json.decode("utf-8"))
+        self.tokens = tokenizers.Tokenizer.from_str(run.tokenizer.json_bytes.decode("utf-8"))
         self.tokens.no_truncation()
         self.tokens.no_padding()
         # <|im_end|> ends an answer of a chat model, as the export's generation_config.json says.

@@ -33,10 +33,15 @@ N_SHOWN = 40  # training questions to draw few-shot examples from
 STOPS = ["<|im_end|>", "\n\n"]  # a chat model's end of turn; where examples were shown, the gap between them
 
 
+class _Function(str):
+    """`file.name` of a Python function, written as !function file.name."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes line breaks in a value as \\n, so that a person sees them."""
 
 
+_Dumper.add_representer(_Function, lambda d, name: d.represent_scalar("!function", name, style=""))
 _Dumper.add_representer(
     str, lambda d, text: d.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
 )
@@ -111,8 +116,7 @@ def write_tasks(folder: Path, cache: Path | None = None) -> list[Path]:
             "trivial": round(task.trivial[1], 6),
             "trivial_name": task.trivial[0],
         }
-        text = yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-        replace_file(written[-1], text.replace("process_results: minimoe", "process_results: !function minimoe"))
+        replace_file(written[-1], yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
     return written
 
 
@@ -160,7 +164,7 @@ def _config(name: str, answers: list[str], files: dict[str, Path], cache: Path |
     }
     if name == "modern":
         metric: dict = {"metric": "f1"}
-        config["process_results"] = "minimoe_words.f1_of_words"
+        config["process_results"] = _Function("minimoe_words.f1_of_words")
     else:
         metric = {"metric": "exact_match", "ignore_case": True}
         metric |= {"regexes_to_ignore": list(form.ignore)} if form.ignore else {}

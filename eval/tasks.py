@@ -56,9 +56,13 @@ class Task:
 
 def tasks(limit: int | None = None) -> dict[str, Task]:
     """Every task, with its first `limit` items."""
+    _check_limit(limit)
+    return {name: _task(name, limit) for name in TASKS}
+
+
+def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} must be at least 1 item per task")
-    return {name: _task(name, limit) for name in TASKS}
 
 
 def run_tasks(run: Run, names: Iterable[str] | None = None, limit: int | None = None) -> dict[str, dict]:
@@ -74,8 +78,8 @@ def run_tasks(run: Run, names: Iterable[str] | None = None, limit: int | None = 
             near = difflib.get_close_matches(name, TASKS, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TASKS)}"
             raise ValueError(f"tasks: {name!r} is no task; {remedy}")
-    known = tasks(limit)
-    return {name: _run_task(run, known[name]) for name in chosen}
+    _check_limit(limit)
+    return {name: _run_task(run, _task(name, limit)) for name in chosen}
 
 
 def _run_task(run: Run, task: Task) -> dict:

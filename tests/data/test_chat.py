@@ -29,7 +29,7 @@ def rendered_ids(tokenizer, messages, add_generation_prompt=False):
     """The template's text through a tokenizer that knows special tokens by name, as other tools do it."""
     prompt = {"messages": messages, "bos_token": "<|bos|>", "add_generation_prompt": add_generation_prompt}
     text = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(CHAT_TEMPLATE).render(**prompt)
-    return other_tool(tokenizer.fingerprint, tokenizer._json).encode(text, add_special_tokens=False).ids
+    return other_tool(tokenizer.fingerprint, tokenizer.json_bytes).encode(text, add_special_tokens=False).ids
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def test_training_twice_gives_the_same_tokenizer(manual):
 
 
 def test_a_tokenizer_from_elsewhere_is_used_with_its_own_names(tokenizer, tmp_path):
-    theirs = json.loads(tokenizer._json)
+    theirs = json.loads(tokenizer.json_bytes)
     names = {"<|pad|>": "<pad>", "<|bos|>": "<|endoftext|>", "<|eos|>": "<other>"}
     for token in theirs["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
@@ -238,7 +238,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_one_sentence(tokenizer, tmp_path, name):
     file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps(HOSTILE[name](json.loads(tokenizer._json))))
+    file.write_text(json.dumps(HOSTILE[name](json.loads(tokenizer.json_bytes))))
     with pytest.raises(ValueError) as error:
         Tokenizer.load(file)
     text = str(error.value)
@@ -270,7 +270,7 @@ def test_what_is_no_plain_or_a_huge_file_is_not_read(tmp_path):
 
 def test_a_regular_expression_without_end_is_one_sentence(tokenizer, tmp_path):
     """Oniguruma gives up after ten million steps; the library panics then, which is no Exception in Python."""
-    theirs = json.loads(tokenizer._json)
+    theirs = json.loads(tokenizer.json_bytes)
     theirs["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(z+)+$"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(theirs))
     loaded = Tokenizer.load(tmp_path)

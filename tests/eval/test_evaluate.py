@@ -83,6 +83,9 @@ def test_an_older_checkpoint_does_not_replace_the_runs_evaluation(saved, monkeyp
         (["--tasks", "sums,sumz"], "'sumz'"),
         (["--limit", "0"], "--limit: 0"),
         (["--batch-size", "-1"], "--batch-size: -1"),
+        (["--tasks", "sums", "--fewshot", "0"], "--fewshot: is for tasks of lm-evaluation-harness"),
+        (["--tasks", "sums", "--chat-template", "no"], "--chat-template: is for tasks of lm-evaluation-harness"),
+        (["--add-bos"], "--add-bos: is for tasks of lm-evaluation-harness"),
     ],
 )
 def test_a_mistyped_option_names_itself_and_writes_nothing(saved, monkeypatch, options, message):

@@ -262,6 +262,28 @@ def test_scores_come_with_error_and_chance(run, tmp_path):
     )
 
 
+def test_a_perplexity_beyond_all_numbers_is_left_out(run, tmp_path):
+    """Chinese has no spaces: a text is one word, and e to its nats is more than a float holds."""
+    folder = write_tasks(tmp_path)
+    (folder / "texts.jsonl").write_text(
+        json.dumps({"text": "这是一个很长的没有空格的句子" * 12}) + "\n", encoding="utf-8"
+    )
+    scores, _ = harness.run_harness(run, harness.load_tasks(["local_texts"], include_path=folder))
+    assert list(scores["local_texts"]["metrics"]) == ["bits_per_byte"]
+    json.dumps(scores, allow_nan=False)
+
+
+def test_a_question_that_lacks_what_the_template_names_ends_in_a_sentence(run, tmp_path):
+    folder = write_tasks(tmp_path)
+    lines = [json.dumps({"start": "a", "wanted": "b", "more": more}) + "\n" for more in ({"x": {"y": "c"}}, None)]
+    (folder / "continued.jsonl").write_text("".join(lines))
+    path = folder / "continued.yaml"
+    path.write_text(path.read_text().replace("doc_to_text: start", "doc_to_text: '{{ start ~ more.x.y }}'"))
+    loaded = harness.load_tasks(["local_continued"], include_path=folder)
+    with pytest.raises(ValueError, match="template of local_continued fails on a question.*mend its YAML"):
+        harness.run_harness(run, loaded)
+
+
 def test_the_error_of_a_rate_is_that_of_resampled_texts():
     rng = random.Random(0)
     pairs = [(-size * rng.uniform(0.6, 1.4), size) for size in (rng.randrange(20, 400) for _ in range(300))]
@@ -291,6 +313,16 @@ def own(tmp_path_factory) -> dict:
     return harness.load_tasks(list(harness_tasks.NAMES)).tasks["tasks"]
 
 
+def test_local_tasks_do_not_ask_for_the_network(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("the Hub's name was looked up, which takes seconds where there is no network")
+
+    monkeypatch.setattr(harness.socket, "getaddrinfo", refuse)
+    loaded = harness.load_tasks(LOCAL, include_path=write_tasks(tmp_path))
+    assert list(loaded.tasks["tasks"]) == LOCAL
+
+
+@pytest.mark.slow
 def test_our_tasks_ask_and_judge_as_eval_tasks_does(own):
     """The same questions in the same order, and of right, wrong and mangled answers the same scores."""
     rng = random.Random(3)
@@ -327,6 +359,7 @@ def judged(task, doc: dict, answer: str) -> float:
     return float(score)
 
 
+@pytest.mark.slow
 def test_our_tasks_show_training_questions_with_their_whole_answers(own):
     for name, task in own.items():
         if name == "minimoe_continue":
@@ -341,6 +374,7 @@ def test_our_tasks_show_training_questions_with_their_whole_answers(own):
         assert all(any(example == f"{q} {a}" for q, a in answers.items()) for example in shown[:2]), (name, shown)
 
 
+@pytest.mark.slow
 def test_the_longest_right_answer_fits(own, small_tokenizer):
     for name, task in own.items():
         if name != "minimoe_continue":
@@ -349,6 +383,7 @@ def test_the_longest_right_answer_fits(own, small_tokenizer):
             assert task.config.generation_kwargs["max_gen_toks"] >= longest, name
 
 
+@pytest.mark.slow
 def test_a_folder_of_tasks_is_written_twice_but_not_over_other_files(tmp_path):
     first = harness_tasks.write_tasks(tmp_path / "out")
     assert first == harness_tasks.write_tasks(tmp_path / "out") and len(first) == 7
@@ -357,6 +392,7 @@ def test_a_folder_of_tasks_is_written_twice_but_not_over_other_files(tmp_path):
         harness_tasks.write_tasks(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_our_own_folder_passes_the_guard_and_no_changed_one(run, tmp_path):
     folder = tmp_path / "own"
     harness_tasks.write_tasks(folder, cache=tmp_path / "cache")
@@ -389,11 +425,21 @@ HOSTILE = {
     "data folder": (GOOD.replace("json\n", "./evil\n") + "doc_to_text: q\n", "'./evil' is not allowed"),
     "unsafe code": (GOOD + "doc_to_text: q\nunsafe_code: false\nmetadata: {unsafe_code: true}\n", "unsafe_code"),
     "prompt file": (GOOD + "use_prompt: 'evil.yaml:x'\n", "use_prompt"),
-    "alias bomb": (
-        "a: &a [x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{f'*{chr(97 + i)}, ' * 9}]\n" for i in range(20)),
-        None,
+    "metric by a merge key": (
+        GOOD + "metadata: {x: &m {metric: evil}}\ndoc_to_text: q\nmetric_list: [{<<: *m}]\n",
+        "'evil' is not allowed",
     ),
-    "deep": ("a: " + "[" * 1500, "no readable YAML"),
+    "another file system": (GOOD.replace("FOLDER/", "reference://") + "doc_to_text: q\n", "data_files: 'reference://"),
+    "chained file systems": (GOOD.replace("FOLDER/", "filecache::/") + "doc_to_text: q\n", "data_files: 'filecache::"),
+    "options of file systems": (
+        GOOD.replace("kwargs: {", "kwargs: {storage_options: {file: {fo: FOLDER/x.jsonl}}, ") + "doc_to_text: q\n",
+        "'storage_options' is not allowed",
+    ),
+    "options by a merge key": (
+        GOOD.replace("kwargs: {", "kwargs: {<<: &o {storage_options: {}}, ") + "doc_to_text: q\n",
+        "'<<' is not allowed",
+    ),
+    "deep": ("a: " + "[" * 1100, "no readable YAML"),
     "template": (
         GOOD + "doc_to_text: \"{{ cycler.__init__.__globals__.os.popen('touch FOLDER/ran').read() }}\"\n",
         "unsafe",
@@ -412,16 +458,18 @@ def test_a_folder_that_would_run_code_is_refused(name, tmp_path):
     (folder / "rest").write_text("doc_to_text: !function evil.text\n")
     (folder / "x.yaml").write_text(text.replace("FOLDER/x", f"{folder}/x").replace("FOLDER", str(tmp_path)))
     (tmp_path / "outside.yaml").write_text("doc_to_text: q\n")
-    with pytest.raises(ValueError, match=message or "'x'"):
-        harness.load_tasks(["x" if message else "texts_like_no_task"], include_path=folder) if message else guard(
-            folder
-        )
+    with pytest.raises(ValueError, match=message):
+        harness.load_tasks(["x"], include_path=folder)
     assert not (tmp_path / "ran").exists()
 
 
-def guard(folder: Path) -> None:
-    harness_guard.check_folder(folder, {"acc"}, {})
-    raise ValueError("the bomb went through in good time: 'x'")
+def test_a_value_that_aliases_repeat_a_billion_times_is_read_once(tmp_path, monkeypatch):
+    lines = ["a: &a [x]", *(f"{chr(98 + i)}: &{chr(98 + i)} [{f'*{chr(97 + i)}, ' * 9}]" for i in range(20))]
+    (tmp_path / "x.yaml").write_text("\n".join(lines))
+    read: list[str] = []
+    monkeypatch.setattr(harness_guard, "_check_entry", lambda key, *_: read.append(key))
+    harness_guard.check_folder(tmp_path, {"acc"}, {})
+    assert read == [chr(97 + i) for i in range(21)]
 
 
 def test_the_guard_lets_honest_folders_through(tmp_path):
@@ -442,11 +490,11 @@ def test_the_guard_lets_honest_folders_through(tmp_path):
 
 def test_the_command_asks_both_kinds_and_keeps_the_shape(run, tmp_path, monkeypatch, capsys):
     folder = write_tasks(tmp_path / "tasks")
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(run.run_dir), "--tasks", "local_quiz,testament,local_texts", "--limit", "3",
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(run.run_dir), "--tasks", "local_quiz,sums,local_texts", "--limit", "3",
                                       "--include-path", str(folder), "--precision", "float32", "--chat-template", "no"])  # fmt: skip
     assert evaluate.main() == 0
     result = json.loads((run.run_dir / "evaluation.json").read_text(encoding="utf-8"))
-    assert set(result["tasks"]) == {"testament", "local_quiz", "local_texts"}
+    assert set(result["tasks"]) == {"sums", "local_quiz", "local_texts"}
     for task in result["tasks"].values():
         assert {"score", "n", "metric"} <= set(task) and task["n"] == 3
     printed = capsys.readouterr().out
