@@ -21,7 +21,7 @@ from scripts.formats.gguf_file import BLOCK, TYPES, WANTED_BY, GGUFFile, write
 from scripts.formats.gguf_tokenizer import tokenizer_metadata
 from train import cli
 from train.checkpoint import Run, open_run
-from train.files import replace_file
+from train.files import flush_to_disk, replace_file
 
 
 def export(run: Run, out: Path, wanted: str = "f32") -> list[Path]:
@@ -44,7 +44,7 @@ def export(run: Run, out: Path, wanted: str = "f32") -> list[Path]:
             raise ValueError(
                 f"{out}: read back, the file is not the run ({problem}); nothing was left. Please report this"
             )
-        _flush(partial)
+        flush_to_disk(partial)
         # The small one first: where the disk has no room for it, neither is left.
         replace_file(modelfile, modelfile_text(out.name, config.model.max_position_embeddings, chat))
         partial.replace(out)
@@ -65,14 +65,6 @@ def _check_places(out: Path, modelfile: Path) -> None:
     for path in (out, modelfile):
         if os.path.lexists(path):
             raise ValueError(f"OUT: {path} is already there; remove it, or give another name")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def modelfile_text(file_name: str, context: int, chat: bool) -> str:

@@ -30,7 +30,7 @@ from model import ModelConfig, MoEForCausalLM
 from train import config as run_config
 from train.config import RunConfig
 from train.distributed import choose_device
-from train.files import replace_file
+from train.files import flush_to_disk, replace_file
 from train.optim import expected_state, load_state_tensors, state_tensors
 from train.precision import Autocast, autocast_for, resolve_precision
 from train.progress import TrainingState
@@ -99,12 +99,12 @@ def write(run_dir: Path, snapshot: Snapshot) -> Path:
         (partial / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
         (partial / "config.yaml").write_text(snapshot.config, encoding="utf-8")
         for name in FILES:
-            _flush(partial / name)
+            flush_to_disk(partial / name)
         write_checksums(partial, FILES)
-        _flush(partial)
+        flush_to_disk(partial)
         _remove(final)  # the same step saved again
         os.replace(partial, final)
-        _flush(folder)
+        flush_to_disk(folder)
         point(run_dir, "latest", final.name)
     except (OSError, SafetensorError) as error:  # SafetensorError: how save_file reports a full disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -376,12 +376,3 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    """Forces a file's or folder's content to disk, so that a rename never outlives what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,3 +43,12 @@ def without_home(text: str) -> str:
     """The text with ~ for the home folder: logs and reports are passed on, and need not tell whose they are."""
     home = os.path.expanduser("~")
     return text.replace(home, "~") if len(home) > 1 else text
+
+
+def flush_to_disk(path: Path) -> None:
+    """Forces a file's or folder's content to disk, so that a rename never outlives what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

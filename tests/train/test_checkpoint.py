@@ -133,7 +133,7 @@ def test_whatever_the_disk_refuses_nothing_half_written_stays(made, monkeypatch,
     made.save(1)
     before = content(made.run_dir)
     real_flush, real_replace, real_mkdir, real_sums = (
-        checkpoint._flush,
+        checkpoint.flush_to_disk,
         os.replace,
         Path.mkdir,
         checkpoint.write_checksums,
@@ -161,7 +161,7 @@ def test_whatever_the_disk_refuses_nothing_half_written_stays(made, monkeypatch,
         real_mkdir(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_flush", flush)
+        patch.setattr(checkpoint, "flush_to_disk", flush)
         patch.setattr(checkpoint, "write_checksums", sums)
         patch.setattr(os, "replace", replace)
         patch.setattr(Path, "mkdir", mkdir)
