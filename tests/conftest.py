@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pydoc_data.topics
@@ -30,6 +31,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --all"))
+
+
+@pytest.fixture(autouse=True)
+def wandb_is_not_left_running():
+    """wandb keeps a process, which stands in the folder where it was started, and names it in the environment: for the next
+    test it would be in the wrong place, and so would the processes that the test starts."""
+    before = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
+    yield
+    if os.environ.get("WANDB_SERVICE") != before.get("WANDB_SERVICE"):
+        import wandb
+
+        with contextlib.suppress(Exception, SystemExit):  # a process that a test killed
+            wandb.teardown()
+    for key in [key for key in os.environ if key.startswith("WANDB_") and key not in before]:
+        del os.environ[key]
 
 
 @dataclass

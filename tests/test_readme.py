@@ -66,7 +66,7 @@ def tree(name_in_it: str) -> str:
 
 def test_folder_tree_is_the_checkout():
     words = tree("pyproject.toml").split()
-    named = {word.rstrip("/") for word in words if re.fullmatch(r"\w+/|LICENSE|[\w-]+\.(md|txt|toml)", word)}
+    named = {word.rstrip("/") for word in words if re.fullmatch(r"\w+/|LICENSE|[\w.-]+\.(md|txt|toml)", word)}
     assert not [name for name in named - {"runs", "cache"} if not (ROOT / name).exists()]
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:

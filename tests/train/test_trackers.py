@@ -612,8 +612,9 @@ def test_a_signal_ends_a_run_that_has_wandb(workplace, tmp_path):
             stack.callback(process.kill)
             cases[mood] = server, process
         for mood, (server, process) in cases.items():
+            patience = time.monotonic() + 120
             while not server.runs or not read_rows(tmp_path / mood / "metrics.jsonl"):
-                assert process.poll() is None
+                assert process.poll() is None and time.monotonic() < patience, (tmp_path / mood / "log.txt").read_text()
                 time.sleep(0.05)
             server.mood = mood
             process.send_signal(signal.SIGTERM)
@@ -637,12 +638,13 @@ def test_a_killed_and_resumed_run_is_one_run_at_wandb_and_in_tensorboard(workpla
         os.environ.update(place := {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY})
         try:
             process = start_command("train.pretrain", *config, "train.steps=100000", "train.log_every=2")
-            wanted = 24
+            wanted, patience = 24, time.monotonic() + 120
             while (
                 max((row["step"] for row in read_rows(run_dir / "metrics.jsonl")), default=0) < wanted
                 or not server.runs
             ):
                 assert process.poll() is None, process.communicate()
+                assert time.monotonic() < patience, (run_dir / "log.txt").read_text()
                 time.sleep(0.02)
             process.kill()
             process.communicate()
