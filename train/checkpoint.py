@@ -269,8 +269,20 @@ class Run:
 
 
 def open_run(path: str | Path, device: str = "auto", precision: str = "auto") -> Run:
-    """Opens a run folder (newest checkpoint) or one checkpoint. ValueError if it cannot be used as it is."""
-    checkpoint = find_checkpoint(path)
+    """Opens a run folder (newest checkpoint) or one checkpoint. ValueError if it cannot be used as it is.
+
+    Of a run that is being trained the newest checkpoint may be removed while it is read: then the newest one of now is taken.
+    """
+    while True:
+        checkpoint = find_checkpoint(path)
+        try:
+            return _open_checkpoint(checkpoint, path, device, precision)
+        except (ValueError, OSError):
+            if checkpoint.exists():
+                raise
+
+
+def _open_checkpoint(checkpoint: Path, path: str | Path, device: str, precision: str) -> Run:
     check_intact(checkpoint, ("model.safetensors", "state.json", "config.yaml"))
     config = read_config(checkpoint)
     run_dir = checkpoint.resolve().parent.parent if not (Path(path) / "checkpoints").is_dir() else Path(path)

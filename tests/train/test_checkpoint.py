@@ -438,3 +438,26 @@ def test_a_place_without_a_checkpoint_is_named(tmp_path):
     for name, why in (("empty", "has no complete checkpoint"), ("nowhere", "is not there")):
         with pytest.raises(ValueError, match=f"{name}: {why}; give a run folder such as runs/NAME"):
             checkpoint.find_checkpoint(tmp_path / name)
+
+
+def test_a_checkpoint_that_a_running_training_removes_while_it_is_read_gives_way_to_a_newer_one(
+    random_run, monkeypatch
+):
+    run_dir = random_run()
+    old = checkpoint.find_checkpoint(run_dir)
+    new = old.with_name("step-00000002")
+    real = checkpoint.check_intact
+
+    def removed_meanwhile(path: Path, names) -> None:
+        if path == old:
+            shutil.copytree(old, new)
+            shutil.rmtree(old)
+        real(path, names)
+
+    monkeypatch.setattr(checkpoint, "check_intact", removed_meanwhile)
+    assert checkpoint.open_run(run_dir, device="cpu").checkpoint == new
+    with pytest.raises(ValueError, match="step-00000001.* is not there"):
+        checkpoint.open_run(old, device="cpu")
+    (new / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="model.safetensors"):  # one that stays is opened or refused, once
+        checkpoint.open_run(run_dir, device="cpu")
