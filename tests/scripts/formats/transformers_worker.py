@@ -8,7 +8,7 @@ instead, and {"code", "folder", "out"} runs a model card's code in its folder. A
 """
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -88,10 +88,10 @@ def run_code(job: dict) -> None:
     os.chdir(job["folder"])
     module = Path(job["out"]).with_suffix(".py")
     module.write_text(job["code"], encoding="utf-8")
-    sys.path.insert(0, str(module.parent))
+    spec = importlib.util.spec_from_file_location(module.stem, module)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        importlib.import_module(module.stem)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
     Path(job["out"]).with_suffix(".txt").write_text(printed.getvalue(), encoding="utf-8")
 
 
