@@ -25,12 +25,13 @@ import tempfile
 import types
 import typing
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.words import one_line
 from eval import harness_guard, harness_tasks
+from eval.harness_scores import group_score, measured_of, task_score
 from train import cli
 
 if typing.TYPE_CHECKING:
@@ -38,10 +39,7 @@ if typing.TYPE_CHECKING:
 
 SEED = 1234  # lm_eval's own, for the choice of examples (its random module gets 0)
 BOOTSTRAPS = 1000  # for standard errors that have no formula; lm_eval's 100,000 cost a minute a metric
-N_EXAMPLES = 3  # answers kept in the result, to look at
-LONGEST_EXAMPLE = 500  # characters
 SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "em")  # metrics from 0 to 1
-BY_CHOICE = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # those of which choices say what guessing gets
 WITHOUT_THE_HUB = (
     f"offline there are {', '.join(harness_tasks.NAMES[:2])} ... (python -m eval.harness_tasks OUT writes them as a pattern) and "
     "your own tasks over local files (--include-path DIR)"
@@ -112,11 +110,11 @@ def run_harness(
     """
     raw = evaluate(run, chosen, limit=limit, batch_size=batch_size, chat_template=chat_template, add_bos=add_bos)
     groups = chosen.tasks["groups"]
-    scores = {name: _task_score(raw, name, task) for name, task in chosen.tasks["tasks"].items()}
+    scores = {name: task_score(raw, name, task) for name, task in chosen.tasks["tasks"].items()}
     for name, group in groups.items():
-        if measured := _measured(raw, name):
+        if measured := measured_of(raw, name):
             parts = [scores[task.task_name] for task in group.get_all_tasks()]
-            scores[name] = _group_score(raw, name, measured, parts)
+            scores[name] = group_score(raw, name, measured, parts)
     first = [name for name in chosen.asked if name in scores]
     return {name: scores[name] for name in [*first, *(n for n in scores if n not in first)]}, raw["notes"]
 
@@ -305,117 +303,3 @@ def _hidden_output() -> Iterator[None]:
     """What lm_eval prints while it loads and judges: our stdout may be a JSON file."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-# ---- results ----------------------------------------------------------------------------------------------------------
-
-
-def _measured(raw: dict, name: str) -> dict[tuple[str, str], dict]:
-    """(metric, filter) -> score and, where lm_eval has one, standard_error; in the task's own order, and finite ones alone."""
-    row, found = raw["results"].get(name) or {}, {}
-    for key, value in row.items():
-        metric, comma, filter_name = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not _is_number(value):
-            continue
-        error = row.get(f"{metric}_stderr,{filter_name}")
-        found[metric, filter_name] = {"score": float(value)} | (
-            {"standard_error": float(error)} if _is_number(error) else {}
-        )
-    return found
-
-
-def _score(
-    raw: dict, name: str, measured: dict[tuple[str, str], dict], order: Iterable[str] = ()
-) -> tuple[dict, str, str]:
-    """What every task and group has: the main metric (bits per byte before perplexities, else the first), and all of them."""
-    order = ["bits_per_byte", *order]
-    measured = dict(
-        sorted(measured.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order))
-    )
-    metric, filter_name = next(iter(measured))
-    better = (raw["higher_is_better"].get(name) or {}).get(metric)
-    result = {
-        **measured[metric, filter_name],
-        "metric": _label(metric, filter_name),
-        "n": int(raw["results"][name].get("sample_len") or 0),
-        "fewshot": raw["n-shot"].get(name),
-        "higher_is_better": better is not False,
-        "metrics": {_label(*key): figures for key, figures in measured.items()},
-    }
-    return result, metric, filter_name
-
-
-def _task_score(raw: dict, name: str, task: typing.Any) -> dict:
-    measured = _measured(raw, name)
-    if not measured:
-        raise ValueError(f"--tasks: {name} gave no number; leave it out")
-    listed = [item.get("metric") for item in getattr(task.config, "metric_list", None) or []]
-    result, metric, filter_name = _score(raw, name, measured, listed)
-    samples = [sample for sample in raw["samples"][name] if sample["filter"] == filter_name]
-    stated = getattr(task.config, "metadata", None)
-    stated = stated if isinstance(stated, dict) else {}
-    result |= {key: float(stated[key]) for key in ("chance", "trivial") if _is_number(stated.get(key))}
-    if isinstance(stated.get("trivial_name"), str):
-        result["trivial_name"] = stated["trivial_name"]
-    if metric in BY_CHOICE and task.OUTPUT_TYPE == "multiple_choice":
-        result["chance"] = _mean(_guess(task, sample) for sample in samples)
-    examples = [_example(task, sample, metric) for sample in samples[:N_EXAMPLES]]
-    if metric == "bits_per_byte" and "standard_error" not in result:
-        result |= _error_of_rate([sample[metric] for sample in samples])
-    return result | ({"examples": examples} if all(examples) and examples else {})
-
-
-def _group_score(raw: dict, name: str, measured: dict[tuple[str, str], dict], parts: list[dict]) -> dict:
-    result, _, _ = _score(raw, name, measured)
-    result["n"] = result["n"] or sum(part["n"] for part in parts)
-    if all("chance" in part for part in parts):
-        result["chance"] = sum(part["chance"] * part["n"] for part in parts) / max(sum(part["n"] for part in parts), 1)
-    return result
-
-
-def _guess(task: typing.Any, sample: dict) -> float:
-    """What guessing scores on this question: right choices / choices."""
-    choices, target = task.doc_to_choice(sample["doc"]), sample["target"]
-    return (len(set(target)) if isinstance(target, list) and not task.multiple_input else 1) / len(choices)
-
-
-def _error_of_rate(pairs: list[tuple[float, int]]) -> dict[str, float]:
-    """Standard error of -sum(nats) / sum(bytes) in bits, over texts: that of a ratio of sums (Cochran 1977, section 2.11)."""
-    n, nats, size = len(pairs), sum(a for a, _ in pairs), sum(b for _, b in pairs)
-    if n < 2 or not size:
-        return {}
-    spread = sum((a - nats / size * b) ** 2 for a, b in pairs) * n / (n - 1)
-    return {"standard_error": math.sqrt(spread) / size / math.log(2)}
-
-
-def _example(task: typing.Any, sample: dict, metric: str) -> dict | None:
-    """Question, answer, what was wanted and the score, for a person to look at; None where there is nothing to see."""
-    score, answer, wanted = sample.get(metric), None, sample["target"]
-    context = sample["arguments"][0][0]
-    if task.OUTPUT_TYPE == "multiple_choice":
-        choices = task.doc_to_choice(sample["doc"])
-        nats = [response[0] for response in sample["filtered_resps"]][: len(choices)]
-        length = {"acc_norm": len, "acc_bytes": lambda text: len(text.encode())}.get(metric, lambda text: 1)
-        answer = choices[max(range(len(nats)), key=lambda i: nats[i] / max(length(choices[i]), 1))]
-        wanted = choices[wanted] if isinstance(wanted, int) and 0 <= wanted < len(choices) else wanted
-    elif task.OUTPUT_TYPE == "generate_until":
-        answer = sample["resps"][0][0]
-    if answer is None or not _is_number(score):
-        return None
-    question = context.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>")[0]
-    texts = {"question": question[-LONGEST_EXAMPLE:], "answer": str(answer).strip(), "wanted": str(wanted)}
-    return {key: text[:LONGEST_EXAMPLE] for key, text in texts.items()} | {"score": float(score)}
-
-
-def _label(metric: str, filter_name: str) -> str:
-    return metric if filter_name == "none" else f"{metric} ({filter_name})"
-
-
-def _is_number(value: object) -> bool:
-    """Finite, so that it is a number in JSON too."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)

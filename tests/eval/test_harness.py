@@ -20,7 +20,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from data.chat import CHAT_TEMPLATE, encode_prompt
-from eval import evaluate, harness, harness_guard, harness_tasks, tasks
+from eval import evaluate, harness, harness_guard, harness_scores, harness_tasks, tasks
 from eval.harness_model import RunLM
 from model.generate import generate
 from train.checkpoint import Run, open_run
@@ -293,7 +293,7 @@ def test_the_error_of_a_rate_is_that_of_resampled_texts():
         rates.append(-sum(a for a, _ in drawn) / sum(b for _, b in drawn) / math.log(2))
     mean = sum(rates) / len(rates)
     spread = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / len(rates))
-    assert harness._error_of_rate(pairs)["standard_error"] == pytest.approx(spread, rel=0.07)
+    assert harness_scores.error_of_rate(pairs)["standard_error"] == pytest.approx(spread, rel=0.07)
 
 
 def test_few_shot_examples_are_shown_and_are_training_ones(run, tmp_path):
