@@ -38,6 +38,9 @@ class SourceConfig:
     streaming: bool = False  # hub: read over the network without storing the whole set
     text_key: str = "text"  # jsonl, parquet, hub: the column with the text (format: text)
     split_key: str | None = None  # column whose value decides train or held-out; null: the text itself
+    held_out_key: str | None = (
+        None  # column that says true where a record is held out; null: the hash of split_key decides
+    )
     bad_records: str | None = field(
         default=None, metadata={"choices": BAD_RECORDS}
     )  # a record of no use: stop says where it stands, skip leaves it out and counts it; null: skip for hub, else stop

@@ -106,8 +106,9 @@ def fingerprint(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer |
     """SHA-256 (hex) of everything that decides a source's shards; without a tokenizer, of everything else."""
     settings = dataclasses.asdict(source)
     del settings["weight"]
-    if source.bad_records is None:  # as before there was this key: shards made then stay what they are
-        del settings["bad_records"]
+    for key in ("bad_records", "held_out_key"):
+        if settings[key] is None:  # as before there was this key: shards made then stay what they are
+            del settings[key]
     if source.held_out_fraction is None:
         settings["held_out_fraction"] = config.held_out_fraction
     content = {

@@ -106,10 +106,11 @@ def _training_texts_of(source: SourceConfig, config: DataConfig) -> Iterator[str
 
 
 def _documents(source: SourceConfig) -> Iterator[Document | Skipped]:
-    if source.split_key is not None and source.kind in ("embedded", "text"):
-        raise ValueError(
-            f"source {source.name!r}: split_key: {source.split_key!r}: kind {source.kind} has no columns; remove it"
-        )
+    for setting in ("split_key", "held_out_key"):
+        if getattr(source, setting) is not None and source.kind in ("embedded", "text"):
+            raise ValueError(
+                f"source {source.name!r}: {setting}: {getattr(source, setting)!r}: kind {source.kind} has no columns; remove it"
+            )
     if source.kind == "embedded":
         yield from (Document(*document) for document in corpora.documents(source.corpus))
     elif source.kind == "text":
@@ -126,7 +127,7 @@ def _documents(source: SourceConfig) -> Iterator[Document | Skipped]:
                 raise ValueError(
                     f"{where}: text_key: column {source.text_key!r} is no text (but {short(text)}); name another"
                 )
-            return Document(text, _split_key(record, source, where, default=text))
+            return Document(text, _split_key(record, source, where, default=text), _held_out(record, source, where))
 
         # A wrong column is a mistake of the config, in every record: it ends the reading of a hub set too.
         yield from _made(source, document, by_itself="stop")
@@ -145,7 +146,8 @@ def _conversations(source: SourceConfig) -> Iterator[Conversation | Skipped]:
 
     def conversation(record: dict, where: str) -> Conversation:
         messages = to_messages(record, where)
-        return Conversation(messages, _split_key(record, source, where, default=json.dumps(messages, sort_keys=True)))
+        split_key = _split_key(record, source, where, default=json.dumps(messages, sort_keys=True))
+        return Conversation(messages, split_key, _held_out(record, source, where))
 
     yield from _made(source, conversation, by_itself="skip" if source.kind == "hub" else "stop")
 
@@ -178,6 +180,17 @@ def _column(record: dict, key: str, where: str, setting: str) -> object:
     if key not in record:
         raise ValueError(f"{where}: {setting}: no column {key!r}; the columns are {listed(record)}")
     return record[key]
+
+
+def _held_out(record: dict, source: SourceConfig, where: str) -> bool | None:
+    if source.held_out_key is None:
+        return None
+    value = _column(record, source.held_out_key, where, "held_out_key")
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"{where}: held_out_key: column {source.held_out_key!r} is {short(value)}; it must be true or false"
+        )
+    return value
 
 
 def _split_key(record: dict, source: SourceConfig, where: str, default: str) -> str:

@@ -12,10 +12,12 @@ import yaml
 from data.config import SOURCE_KINDS, SourceConfig
 from model import MoEForCausalLM
 from model.flops import count_parameters
+from scripts.ablation.study import read_study
 from train.config import RunConfig, from_dict, load_config, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+STUDIES = sorted(ROOT.glob("configs/ablations/*.yaml"))  # no runs, but many of them: scripts.ablate
+CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path not in STUDIES)
 FAMILIES = sorted({path.parent for path in CONFIGS if path.name == "sft.yaml"})
 MOE_FAMILIES = [path for path in CONFIGS if path.parent.name == "families" and path.stem != "common"]
 ALONE = [path for path in CONFIGS if path.stem == "pretrain" and path.parent not in FAMILIES]  # without fine-tuning
@@ -26,6 +28,9 @@ TRAINED = [  # every day; with --all also the twins, and wikitext's model, which
 ]
 
 
+SCALES = sorted(ROOT.glob("configs/ablations/scales/*.yaml"))
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs"))
 
@@ -33,6 +38,7 @@ def name_of(path: Path) -> str:
 def test_there_are_configs():
     assert {"tinystories", "fineweb_edu", "minimind", "own"} <= {family.name for family in FAMILIES}
     assert {"wikitext", "mixture"} == {path.parent.name for path in ALONE}
+    assert {"experts", "balance", "shape", "recipe", "optimizer_sweep"} <= {path.stem for path in STUDIES}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
@@ -89,7 +95,7 @@ def uncommented_keys(path: Path) -> set[str]:
     return uncommented - set(parent_keys)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+@pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=name_of)
 def test_every_key_carries_a_comment(path):
     assert not uncommented_keys(path), f"{path}: keys that no comment explains"
 
@@ -192,6 +198,63 @@ def test_moe_family_trains_scaled_down(path, folder):
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert len(losses) == 2, f"two steps were asked for, the rows are {rows}"
     assert all(0 < loss < 7 for loss in losses), f"losses {losses} beside ln(300) = 5.7 of a guess"
+
+
+@pytest.mark.parametrize("scale", [None, *SCALES], ids=lambda scale: scale.stem if scale else "own")
+@pytest.mark.parametrize("path", STUDIES, ids=name_of)
+def test_every_variant_of_a_study_builds_and_has_tokens_enough(path, scale):
+    """At every scale, but for the one study whose widths are those of its own. Reading checks that active parameters are equal."""
+    import torch
+
+    if scale is not None and path.stem == "shape" and scale.stem != "cpu-1m":
+        with pytest.raises(ValueError, match="active parameters"):
+            read_study(path, base=scale)
+        return
+    study = read_study(path, base=scale)
+    for name, config in study.configs.items():
+        with torch.device("meta"):
+            model = MoEForCausalLM(config.model)
+        assert sum(parameter.numel() for parameter in model.parameters()) == study.sizes[name].total
+        assert study.sizes[name].tokens >= 20 * study.sizes[name].active, name
+    assert len({cell.digest for cell in study.cells}) == len(study.cells), "two variants are the same"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("signal_handlers")
+@pytest.mark.parametrize(
+    ("path", "variant"),
+    [(path, name) for path in STUDIES for name in re.findall(r"- name: ([\w.-]+)", path.read_text(encoding="utf-8"))],
+    ids=lambda value: value.stem if isinstance(value, Path) else value,
+)
+def test_every_variant_trains_two_steps(path, variant, folder):
+    from train.loop import train
+
+    small = [
+        "model.vocab_size=300",
+        "model.hidden_size=32",
+        "model.num_hidden_layers=2",
+        "model.max_position_embeddings=64",
+    ]
+    small += [
+        "data.context_length=32",
+        "train.tokens_per_step=512",
+        "train.steps=2",
+        "train.warmup_steps=1",
+        "train.log_every=1",
+    ]
+    small += [
+        f"data.cache_dir={folder}/data",
+        f"tokenizer.path={folder}/tokenizer",
+        "eval.every=0",
+        "eval.best_source=null",
+    ]
+    sources = [{"name": name, "kind": "jsonl", "path": f"{folder}/text.jsonl"} for name in ("stdlib", "packages")]
+    small += [f"runs_dir={folder}/{path.stem}", f"data.sources={json.dumps(sources)}", "data.held_out_fraction=0.1"]
+    config = next(cell.config for cell in read_study(path, small).cells if cell.variant == variant)
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert len(losses) >= 2 and all(0 < loss < 7 for loss in losses), losses
 
 
 @pytest.mark.parametrize("path", [path for path in MOE_FAMILIES if path not in TWINS], ids=name_of)

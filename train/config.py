@@ -196,7 +196,7 @@ def to_yaml(config: RunConfig) -> str:
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
     if not _may_be_a_path(str(path)):
         raise ValueError(f"{short(str(path))}: no file can have this name; give the path of a YAML file")
-    text = _read_text(path)
+    text = read_text(path)
     real = path.resolve()
     if real in seen:
         raise ValueError(f"{short_name(path)}: `base` leads back to this file; remove the circle")
@@ -213,7 +213,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
     return _merge(_read_with_parents(path.parent / base, (*seen, real)), tree)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     remedy = "give the path of a YAML file"
     try:
         if path.exists() and not path.is_file():  # a device or a pipe might never end

@@ -32,6 +32,26 @@ def test_another_column_and_a_split_key(jsonl):
     assert list(iterate(source(path=path, text_key="story", split_key="author"), "text")) == [Document("one", "7")]
 
 
+def test_a_column_may_say_itself_what_is_held_out(jsonl):
+    path = jsonl([{"text": "one", "test": True}, {"text": "two", "test": False}])
+    found = list(iterate(source(path=path, held_out_key="test"), "text"))
+    config = DataConfig(held_out_fraction=0.5)
+    assert [is_held_out(document, source(path=path), config) for document in found] == [True, False]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = jsonl([{"messages": turns, "test": False}, {"messages": turns, "test": True}])
+    found = list(iterate(source(path=path, held_out_key="test"), "chat"))
+    assert [conversation.held_out for conversation in found] == [False, True]
+
+
+@pytest.mark.parametrize("value", ["true", 1, None, "test"])
+def test_a_held_out_column_that_says_neither_true_nor_false(jsonl, value):
+    path = jsonl([{"text": "one", "test": value}])
+    with pytest.raises(ValueError, match=r"data.jsonl:1: held_out_key: column 'test' is .*; it must be true or false"):
+        texts(source(path=path, held_out_key="test"))
+    with pytest.raises(ValueError, match="held_out_key: no column 'other'; the columns are 'text', 'test'"):
+        texts(source(path=path, held_out_key="other"))
+
+
 def test_globs_are_read_in_order_and_text_files_whole(tmp_path):
     for name in ("b/two.txt", "a/one.txt", "a/deep/three.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
