@@ -57,6 +57,7 @@ class ModelConfig:
         default=0.0, metadata={"min": 0.0, "max": 0.99}
     )  # on embeddings, attention weights and both residual branches
     initializer_range: float = field(default=0.02, metadata={"min": 0.0, "exclusive": True})
+    zero_init_output: bool = False  # o_proj and every down_proj start at zero: each layer starts as the identity
 
     n_routed_experts: int = field(default=4, metadata=_between(0, 2**14))  # 0: a dense model
     n_shared_experts: int = field(

@@ -22,6 +22,10 @@ GIB = 2**30
 TOKENS_PER_PARAMETER = 20  # below this a MoE shows no gain over its dense twin (joint scaling law, arXiv 2502.05172)
 BYTES = {"float32": 4, "bfloat16": 2}  # of what matrix products read and write
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+MOMENTS = {
+    "adamw": "AdamW's two moments, 8 bytes each",
+    "muon": "Muon's moment, 4 bytes (AdamW's: 8)",
+}
 
 FORMULA = """\
   Kept per token and layer for the backward pass, s bytes a number in products, 4 in norms, H' = heads * head_dim, K' the same of the keys:
@@ -32,7 +36,8 @@ FORMULA = """\
     + s * heads * T                on a CPU in bfloat16, where attention is written out: its shares (about half of it in long contexts)
   A (B, T, T) mask of documents is kept once, and by such an attention in each layer.
   Activation checkpointing keeps 4 D per token and layer, and the above for one layer at a time. The loss keeps the gradient of
-  the head and one chunk of logits. Not counted: the CUDA context (about 0.5 GiB) and what the allocator wastes."""
+  the head and one chunk of logits. Not counted: the CUDA context (about 0.5 GiB), what the allocator wastes, and what Muon works in when
+  the activations are gone: up to 5 s bytes for each parameter of the most frequent matrix shape."""
 
 
 class Memory(NamedTuple):
@@ -40,7 +45,7 @@ class Memory(NamedTuple):
 
     weights: int
     gradients: int
-    optimizer: int  # AdamW's two moments
+    optimizer: int  # AdamW's two moments, Muon's one
     copies: int  # the weights in autocast's dtype
     activations: int  # of one micro-batch
     loss: int
@@ -78,6 +83,15 @@ def _mean_keys(T: int) -> int:
     return sum(min(QUERY_BLOCK, T - start) * min(start + QUERY_BLOCK, T) for start in range(0, T, QUERY_BLOCK)) // T
 
 
+def optimizer_bytes(config: RunConfig) -> int:
+    """Bytes of what the optimizer keeps: two float32 moments of each parameter, one of a matrix that Muon moves."""
+    parts = count_parameters(config.model)
+    moved = parts["attention"].matmul + sum(
+        parts[name].total for name in ("dense FFN", "routed experts", "shared experts") if name in parts
+    )
+    return 8 * total_count(config.model).total - (4 * moved if config.train.optimizer == "muon" else 0)
+
+
 def training_memory(config: RunConfig, precision: str, device: str = "cpu") -> Memory:
     """An estimate for one device (cpu or cuda): float32 weights, `precision` (float32 or bfloat16) in matrix products."""
     model, total = config.model, total_count(config.model).total
@@ -96,7 +110,7 @@ def training_memory(config: RunConfig, precision: str, device: str = "cpu") -> M
     return Memory(
         weights=4 * total,
         gradients=4 * total,
-        optimizer=8 * total,
+        optimizer=optimizer_bytes(config),
         copies=2 * cast if precision == "bfloat16" else 0,
         activations=tokens * per_token,
         loss=4 * head
@@ -166,7 +180,7 @@ def _memory(config: RunConfig) -> str:
     labels = {
         "weights": "weights, 4 bytes each",
         "gradients": "gradients, 4 bytes each",
-        "optimizer": "AdamW's two moments, 8 bytes each",
+        "optimizer": MOMENTS[config.train.optimizer],
         "copies": "copies for autocast, 2 bytes each",
         "activations": f"activations of {rows} rows x {T} tokens",
         "loss": "loss and head",

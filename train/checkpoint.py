@@ -249,7 +249,8 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Path) -> None:
     """Fills the optimizer from a checkpoint; one saved before the first step leaves it as it is. ValueError as `load_weights`."""
     path = checkpoint / "optimizer.safetensors"
-    tensors = _read_tensors(path, expected_state(model), "use another checkpoint", may_be_empty=True)
+    remedy = "use another checkpoint, or the train.optimizer that it was made with"
+    tensors = _read_tensors(path, expected_state(model, optimizer), remedy, may_be_empty=True)
     load_state_tensors(optimizer, model, tensors)
 
 
@@ -319,8 +320,8 @@ def check_same_shape(config: ModelConfig, checkpoint: Path) -> None:
 
 # Keys that may change between stages: they shape training, or the context, but no tensor.
 FREE_MODEL_KEYS = frozenset(
-    ("max_position_embeddings", "rope_scaling", "rope_theta", "dropout", "initializer_range", "aux_loss_level", "aux_loss_alpha",
-     "router_z_loss_coef", "router_jitter_noise", "expert_backend")
+    ("max_position_embeddings", "rope_scaling", "rope_theta", "dropout", "initializer_range", "zero_init_output", "aux_loss_level",
+     "aux_loss_alpha", "router_z_loss_coef", "router_jitter_noise", "expert_backend")
 )  # fmt: skip
 
 

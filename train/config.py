@@ -49,6 +49,9 @@ class TrainConfig:
         default=16384, metadata=AT_LEAST_ONE
     )  # global: rows x context_length over all ranks and micro-batches
     micro_batch_size: int = field(default=16, metadata=AT_LEAST_ONE)  # rows of one forward pass on one rank
+    optimizer: str = field(
+        default="adamw", metadata={"choices": ("adamw", "muon")}
+    )  # muon: Muon for the matrices inside the layers, AdamW for the rest
     learning_rate: float = field(default=1e-3, metadata=POSITIVE)  # peak
     min_learning_rate: float = field(default=0.1, metadata=FRACTION)  # at the end, as a fraction of the peak
     schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear", "wsd", "constant")})
@@ -59,7 +62,11 @@ class TrainConfig:
     beta1: float = field(default=0.9, metadata={"min": 0.0, "max": 0.9999})
     beta2: float = field(default=0.95, metadata={"min": 0.0, "max": 0.99999})
     adam_eps: float = field(default=1e-8, metadata=POSITIVE)
+    muon_momentum: float = field(default=0.95, metadata={"min": 0.0, "max": 0.9999})  # Nesterov's, of optimizer muon
     weight_decay: float = field(default=0.1, metadata=NOT_NEGATIVE)  # on matrices; never on norms, biases and router
+    expert_weight_decay: float | None = field(
+        default=None, metadata=NOT_NEGATIVE
+    )  # on the routed experts' matrices; null: weight_decay
     router_lr_multiplier: float = field(default=1.0, metadata=POSITIVE)  # router's learning rate, relative
     grad_clip: float = field(
         default=1.0, metadata=NOT_NEGATIVE
@@ -214,6 +221,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
 
 
 def read_text(path: Path) -> str:
+    """A YAML file's text. ValueError, with the remedy, where there is none, or where it is too long or no UTF-8."""
     remedy = "give the path of a YAML file"
     try:
         if path.exists() and not path.is_file():  # a device or a pipe might never end

@@ -17,6 +17,7 @@ from model import MoEForCausalLM
 from model.balance import load_statistics
 from model.flops import flops_per_token, total_count
 from model.products import float32_library
+from train import optim
 from train.config import RunConfig
 from train.distributed import World
 from train.guard import StepGuard
@@ -74,6 +75,7 @@ def start_text(
         f"{plan.context_length} tokens = {plan.tokens_per_step:,} tokens",
         f"plan       {plan.steps:,} steps = {seen:,} tokens = {plan.steps * plan.rows_per_step / rows.rows_per_epoch:.2f} epochs = "
         f"{seen / count.active:.1f} tokens per active parameter; {flops * seen:.3g} FLOP",
+        f"optimizer  {optim.NAMES[config.train.optimizer]}, learning rate {config.train.learning_rate:g} at its peak, {config.train.schedule}",
     ]
     return "\n".join(lines)
 

@@ -91,11 +91,11 @@ def check_settings(config: RunConfig, ranks: int, tokenizer: Tokenizer) -> None:
             )
 
 
-BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
+BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments (Muon keeps one, and works in more than that)
 
 
 def check_memory(config: ModelConfig, available: int, processes: int) -> None:
-    """ValueError if `processes` models of this config, with what AdamW keeps of them, exceed the `available` bytes of the
+    """ValueError if `processes` models of this config, with what an optimizer keeps of them, exceed the `available` bytes of the
     machine or GPU: building one would end in the system's own way, with SIGKILL."""
     count = total_count(config).total
     needed = count * BYTES_PER_PARAMETER * processes

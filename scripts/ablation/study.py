@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.words import listed, short, short_name
+from data.words import harmless, listed, short, short_name
 from model.flops import count_parameters, flops_per_token, total_count
 from train import config as run_config
 from train import strict_yaml
@@ -84,8 +84,12 @@ class StudyFile:
         if len({name.lower() for name in names}) < len(names) or not names:
             raise ValueError(f"variants: {listed(names)} must be one or more different names")
         for i, variant in enumerate(self.variants):
-            if variant.of is not None and variant.of not in names[:i]:
-                raise ValueError(f"variant {variant.name!r}: of: {short(variant.of)} is no variant before it")
+            before = [each.name for each in self.variants[:i] if each.longer is None]
+            if variant.of is not None and variant.of not in before:
+                raise ValueError(
+                    f"variant {variant.name!r}: of: {short(variant.of)} is none of the variants before it ({listed(before)}; a longer "
+                    "one cannot be built upon)"
+                )
         compared = {variant.name for variant in self.variants if variant.longer is None}
         if not self.compare_with or not set(self.compare_with) <= compared:
             raise ValueError(
@@ -116,6 +120,7 @@ class Size:
 
     @staticmethod
     def of(config: RunConfig) -> Size:
+        """By arithmetic from the config alone."""
         count = total_count(config.model)
         router = count_parameters(config.model).get("router")
         return Size(
@@ -154,11 +159,6 @@ class Study:
 
     def variant(self, name: str) -> Variant:
         return next(variant for variant in self.file.variants if variant.name == name)
-
-    def step_of(self, name: str) -> str:
-        """The variant whose step this one's is: a longer one's is the same as its `of`'s."""
-        variant = self.variant(name)
-        return self.step_of(variant.of) if variant.longer is not None else name
 
 
 def read_study(path: str | Path, overrides: Sequence[str] = (), base: str | Path | None = None) -> Study:
@@ -206,9 +206,11 @@ def _longer(config: RunConfig, factor: float) -> RunConfig:
 
 def settings(file: StudyFile, name: str) -> list[str]:
     """A variant's keys, after those of the variants it is made of, as overrides."""
-    variant = next(variant for variant in file.variants if variant.name == name)
-    before = settings(file, variant.of) if variant.of is not None else []
-    return [*before, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in variant.set.items())]
+    variants, chain = {variant.name: variant for variant in file.variants}, [name]
+    while (before := variants[chain[0]].of) is not None:
+        chain.insert(0, before)
+    pairs = [pair for each in chain for pair in variants[each].set.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in pairs]
 
 
 def digest(config: RunConfig) -> str:
@@ -235,7 +237,9 @@ def _essence(value: object, key: str = "") -> object:
 def _cell(study: Study, variant: str, seed: int) -> Cell:
     config = dataclasses.replace(study.configs[variant], seed=seed)
     key = digest(config)
-    there = sorted(study.cells_folder.glob(f"*-{key}"))  # another study may have called it otherwise
+    there = [
+        path for path in sorted(study.cells_folder.glob(f"*-{key}")) if path.is_dir()
+    ]  # by another study's name, maybe
     name = there[0].name if there else f"{variant}-{study.scale[:30]}-seed{seed}-{key}"
     try:
         config = run_config.from_dict(
@@ -313,4 +317,4 @@ def plan_table(study: Study, done: dict[str, int] | None = None) -> str:
     if few:
         lines.append(f"fewer than {ENOUGH_TOKENS} tokens per active parameter: {', '.join(few)}")
     lines += [f"{v.name}: active parameters differ: {v.unequal}" for v in study.file.variants if v.unequal]
-    return "\n".join(lines)
+    return harmless("\n".join(lines))

@@ -19,6 +19,7 @@ from model.flops import count_parameters, total_count
 from scripts.formats.hf_folder import Layout
 from train.checkpoint import Run
 from train.metrics import without_home
+from train.optim import NAMES
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,59}")  # the hub's identifiers
 LONGEST = 200  # characters of a text that is shown
@@ -158,7 +159,7 @@ def _stages(run: Run) -> list[str]:
     facts = f"{run.step:,} steps of {train.tokens_per_step:,} tokens, rows of {config.context_length:,} tokens"
     if run.step:
         facts += (
-            f"; AdamW, learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}"
+            f"; {NAMES[train.optimizer]}, learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}"
         )
     if stage and stage[0].seconds:
         machine = stage[0].run.get("machine") or {}

@@ -35,12 +35,14 @@ class RandomRows:
         return {"input_ids": ids, "labels": ids}
 
 
-def test_a_step_is_judged_taken_and_reported_without_waiting_for_the_device():
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_a_step_is_judged_taken_and_reported_without_waiting_for_the_device(optimizer_name):
     shape = {
         "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "moe_intermediate_size": 128,
         "n_routed_experts": 8, "max_position_embeddings": 64, "router_bias_update_rate": 0.001,
     }  # fmt: skip
-    config = RunConfig(model=ModelConfig(**shape), train=TrainConfig(steps=10, micro_batch_size=4, tokens_per_step=512))
+    train = TrainConfig(steps=10, micro_batch_size=4, tokens_per_step=512, optimizer=optimizer_name)
+    config = RunConfig(model=ModelConfig(**shape), train=train)
     device = torch.device("cuda", 0)
     world, plan = World(0, 1, device), Plan(64, 8, 4, 2, 10)
     model = MoEForCausalLM(config.model).to(device)

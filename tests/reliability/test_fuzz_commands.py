@@ -36,7 +36,7 @@ WITH_CONFIG = (
 )
 WITH_RUN = (
     "scripts.chat", "scripts.show_rows", "eval.evaluate", "eval.report", "scripts.watch", "scripts.export_hf", "scripts.export_gguf",
-    "scripts.import_hf", "scripts.serve",
+    "scripts.import_hf", "scripts.serve", "scripts.ablate", "eval.study",
 )  # fmt: skip
 
 # Paths that are no config and no run, or have names that are hard to handle. `{}` is the sandbox, the working directory.
@@ -154,6 +154,10 @@ CHOICES = {
     "scripts.import_hf": [["imported"], ["{}/folder"], ["../x"], ["a b"], ["/proc/x/y"], [""], ["--chat"], ["a\0b"], ["n" * 300]],
     "scripts.serve": [["--port", "70000"], ["--port", "x"], ["--port", "-1"], ["--host", ""], ["--host", "no such host"], ["--host", "256.1.1.1"],
      ["--max-batch", "0"], ["--max-queue", "-1"], ["--api-key-env", "NO_SUCH_VARIABLE"], ["--api-key-env", ""], ["--nonsense"]],
+    "scripts.ablate": [["{}/study.yaml"], ["--base", "{}/pretrain.yaml"], ["--base", "{}/sft.yaml"], ["--base", "{}/no"], ["--base", "a\0b"],
+     ["--base", "{}/study.yaml"], ["--seeds", "1"], ["--seeds", "4"], ["--seeds", "x"], ["--seeds"], ["--variants", "dense"], ["--variants", "no"],
+     ["--at-once", "0"], ["--at-once", "x"], ["--clock"], ["--no-clock"], ["train.steps=9"], ["train.steps=0"], ["seed=4"], ["name=x"]],
+    "eval.study": [["{}/folder"], ["{}/runs/pre"], ["{}/study.yaml"], ["--nonsense"], ["x", "y"]],
 }  # fmt: skip
 
 
@@ -182,6 +186,8 @@ def run_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
         words += ["--once"]
     if module == "scripts.benchmark":  # a right command line would measure for hours
         return module, [*words, "--rounds", draw(st.sampled_from(["0", "-1", "x", ""]))]
+    if module == "scripts.ablate":  # a right study would be trained
+        return module, [draw(st.one_of(st.just("{}/study.yaml"), PATHS, ANYTHING)), *words, "--plan"]
     run = draw(st.one_of(RUNS, RUNS, PATHS, ANYTHING))
     if module in ("scripts.export_hf", "scripts.export_gguf", "scripts.import_hf") and draw(st.booleans()):
         return module, [run, "{}/new.gguf", *words]
@@ -241,6 +247,9 @@ def sandbox(workplace, tmp_path_factory) -> Path:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     for name in ("text.jsonl", "chat.jsonl"):
         (folder / name).write_bytes(b"".join((workplace / name).read_bytes().splitlines(keepends=True)[:40]))
+    study = {"question": "Why?", "base": "pretrain.yaml", "seeds": [1, 2], "compare_with": ["dense"], "tolerance": 1.0}
+    study["variants"] = [{"name": "dense", "set": {"model.n_routed_experts": 0}}, {"name": "experts"}]
+    (folder / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     shutil.copytree(workplace / "tokenizer", folder / "tokenizer")
     shutil.copy(folder / "pretrain.yaml", folder / "odd 'name' \n é.yaml")
     (folder / "folder").mkdir()

@@ -1,4 +1,4 @@
-"""AdamW's groups, and the step that is left undone without the host knowing."""
+"""The optimizers' groups and state, and the step that is left undone without the host knowing."""
 
 import math
 
@@ -35,6 +35,9 @@ def tiny_model(**settings) -> MoEForCausalLM:
         "router_bias_update_rate": 0.001,
     }
     return MoEForCausalLM(ModelConfig(**{**shape, **extras, **settings}))
+
+
+both_optimizers = pytest.mark.parametrize("kind", ["adamw", "muon"])
 
 
 def settings(**values) -> TrainConfig:
@@ -83,6 +86,20 @@ def test_only_matrices_decay_and_only_the_router_has_its_own_rate():
     assert kinds["router"] == 2 and min(kinds.values()) > 1, kinds
 
 
+@both_optimizers
+def test_a_decay_of_their_own_is_for_routed_experts_alone(kind):
+    model = tiny_model(first_k_dense_replace=1, shared_expert_gate=True)
+    plain = build_optimizer(model, settings(optimizer=kind))
+    optimizer = build_optimizer(model, settings(optimizer=kind, expert_weight_decay=0.0))
+    decay, before = (
+        {p: group["weight_decay"] for group in each.param_groups for p in group["params"]}
+        for each in (optimizer, plain)
+    )
+    changed = {name for name, p in model.named_parameters() if decay[p] != before[p]}
+    assert changed == {"layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"}
+    assert all(decay[p] == 0.0 for name, p in model.named_parameters() if name in changed)
+
+
 def test_a_dense_model_has_no_router_group():
     groups = build_optimizer(tiny_model(n_routed_experts=0), settings()).param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
@@ -109,10 +126,11 @@ def test_an_accepted_step_is_a_plain_adamw_step():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@both_optimizers
 @pytest.mark.parametrize("gradient", [1.0, math.nan, math.inf])
-def test_a_refused_step_leaves_weights_moments_and_counts_bit_for_bit(gradient):
+def test_a_refused_step_leaves_weights_moments_and_counts_bit_for_bit(kind, gradient):
     model = tiny_model()
-    optimizer = build_optimizer(model, settings())
+    optimizer = build_optimizer(model, settings(optimizer=kind))
     fill_gradients(model, 0)
     step_if(optimizer, torch.tensor(True))
     before = everything(optimizer, model)
@@ -123,9 +141,10 @@ def test_a_refused_step_leaves_weights_moments_and_counts_bit_for_bit(gradient):
     assert_same_bits(everything(optimizer, model), before)
 
 
-def test_steps_after_a_refused_one_are_as_if_it_had_never_been():
+@both_optimizers
+def test_steps_after_a_refused_one_are_as_if_it_had_never_been(kind):
     one, other = tiny_model(), tiny_model()
-    optimizers = build_optimizer(one, settings()), build_optimizer(other, settings())
+    optimizers = build_optimizer(one, settings(optimizer=kind)), build_optimizer(other, settings(optimizer=kind))
     for verdicts, model, optimizer in (((True, False, True), one, optimizers[0]), ((True, True), other, optimizers[1])):
         for seed, accepted in zip(range(3) if len(verdicts) == 3 else (0, 2), verdicts):
             fill_gradients(model, seed)
@@ -133,17 +152,22 @@ def test_steps_after_a_refused_one_are_as_if_it_had_never_been():
     assert_same_bits(everything(optimizers[0], one), everything(optimizers[1], other))
 
 
-def test_a_refused_first_step_leaves_empty_moments():
+@both_optimizers
+def test_a_refused_first_step_leaves_empty_moments(kind):
     model = tiny_model()
-    optimizer = build_optimizer(model, settings())
+    optimizer = build_optimizer(model, settings(optimizer=kind))
     fill_gradients(model, 0)
     step_if(optimizer, torch.tensor(False))
     assert all(not tensor.any() for tensor in state_tensors(optimizer, model).values())
 
 
-def test_state_goes_through_tensors_and_back_bit_for_bit():
+@both_optimizers
+def test_state_goes_through_tensors_and_back_bit_for_bit(kind):
     model, copy = tiny_model(), tiny_model()
-    optimizer, restored = build_optimizer(model, settings()), build_optimizer(copy, settings())
+    optimizer, restored = (
+        build_optimizer(model, settings(optimizer=kind)),
+        build_optimizer(copy, settings(optimizer=kind)),
+    )
     assert state_tensors(optimizer, model) == {}
     for step in range(2):
         fill_gradients(model, step)
@@ -158,10 +182,11 @@ def test_state_goes_through_tensors_and_back_bit_for_bit():
     assert_same_bits(everything(restored, copy), everything(optimizer, model))
 
 
-def test_a_learning_rate_on_the_device_steps_as_the_same_number_on_the_host():
+@both_optimizers
+def test_a_learning_rate_on_the_device_steps_as_the_same_number_on_the_host(kind):
     """The loop looks it up on the device, where alone it is known how many steps were taken."""
     one, other = tiny_model(), tiny_model()
-    optimizers = build_optimizer(one, settings()), build_optimizer(other, settings())
+    optimizers = build_optimizer(one, settings(optimizer=kind)), build_optimizer(other, settings(optimizer=kind))
     rates = torch.tensor([0.01, 0.004, 0.0])
     for step in range(3):
         for model, optimizer, rate in ((one, optimizers[0], rates[step]), (other, optimizers[1], rates[step].item())):
@@ -172,24 +197,29 @@ def test_a_learning_rate_on_the_device_steps_as_the_same_number_on_the_host():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_what_is_expected_of_a_saved_state_is_what_a_step_leaves():
+@both_optimizers
+def test_what_is_expected_of_a_saved_state_is_what_a_step_leaves(kind):
     model = tiny_model()
-    optimizer = build_optimizer(model, settings())
+    optimizer = build_optimizer(model, settings(optimizer=kind))
     fill_gradients(model, 0)
     step_if(optimizer, torch.tensor(True))
-    found, expected = state_tensors(optimizer, model), expected_state(model)
+    found, expected = state_tensors(optimizer, model), expected_state(model, optimizer)
     assert found.keys() == expected.keys()
     assert all(found[key].shape == expected[key].shape and found[key].dtype == expected[key].dtype for key in found)
 
 
+@both_optimizers
 @pytest.mark.parametrize("broken", ["absent", "other shape"])
-def test_a_moment_that_does_not_fit_is_named_and_nothing_is_taken_over(broken):
+def test_a_moment_that_does_not_fit_is_named_and_nothing_is_taken_over(kind, broken):
     model, copy = tiny_model(), tiny_model()
-    optimizer, restored = build_optimizer(model, settings()), build_optimizer(copy, settings())
+    optimizer, restored = (
+        build_optimizer(model, settings(optimizer=kind)),
+        build_optimizer(copy, settings(optimizer=kind)),
+    )
     fill_gradients(model, 0)
     step_if(optimizer, torch.tensor(True))
     tensors = state_tensors(optimizer, model)
-    name = "layers.1.self_attn.q_proj.weight/exp_avg_sq"
+    name = f"layers.1.self_attn.q_proj.weight/{'exp_avg_sq' if kind == 'adamw' else 'momentum_buffer'}"
     if broken == "absent":
         del tensors[name]
     else:
