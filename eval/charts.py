@@ -43,6 +43,8 @@ class Line:
     dots: bool = False
     legend: bool = True
     dash: str = ""  # of SVG's stroke-dasharray
+    low: list[float] | None = None  # of a band around the curve, beside `high`; NaN: none there
+    high: list[float] | None = None
 
 
 def escape(text: object) -> str:
@@ -58,12 +60,17 @@ def depth_colours(n: int) -> list[str]:
 
 def on_both(colour: str) -> str:
     """A CSS colour that is `colour` on a light page, and light enough on a dark one. Browsers without light-dark() ignore it."""
+    return f"light-dark({colour},{on_dark(colour)})"
+
+
+def on_dark(colour: str) -> str:
+    """The colour, light enough for a dark page."""
     rgb, weights = np.array(_rgb(colour), dtype=float), np.array((0.299, 0.587, 0.114))
     wanted = 255 * DARK_LUMINANCE
     rgb *= max(1.0, min(wanted / max(1.0, rgb @ weights), 255 / max(1.0, rgb.max())))  # as bright as the hue can be
     if (luminance := rgb @ weights) < wanted:
         rgb += (255 - rgb) * (wanted - luminance) / (255 - luminance)
-    return f"light-dark({colour},{_hex(rgb)})"
+    return _hex(rgb)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -113,6 +120,11 @@ def line_chart(
     x_decimals = 0 if whole else _decimals(x_ticks)
     shapes = [f'<path class="grid" d="M0 {py(y):.1f}H1000"/>' for y in y_ticks]
     shapes += [f'<path class="mark" d="M{px(x):.1f} 0V1000"/>' for x, _ in marks]
+    for line in lines:  # under all curves
+        if line.low is not None and line.high is not None:
+            edges = [[(px(x), py(y)) for x, y in zip(*_thin(line.xs, ys), strict=True)] for ys in (line.low, line.high)]
+            fill = f'fill="{line.colour}" style="fill:{on_both(line.colour)}"'
+            shapes += [f'<path class="band" {fill} d="{path}"/>' for path in band_paths(*edges)]
     for line in lines:
         xs, ys = _thin(line.xs, line.ys)
         style = f'stroke="{line.colour}" style="stroke:{on_both(line.colour)}" stroke-opacity="{line.opacity:g}"'
@@ -141,6 +153,20 @@ def line_chart(
         f'{"".join(shapes)}</svg><div class="mark-labels">{mark_labels}</div></div>'
         f'<div class="x-labels">{x_labels}</div><div class="x-title">{escape(x_label)}</div></div>'
     )
+
+
+def band_paths(low: list[tuple[float, float]], high: list[tuple[float, float]]) -> list[str]:
+    """SVG paths of the area between two edges over the same x; one for each stretch in which both are finite."""
+    paths, stretch = [], []
+    for (x, bottom), (_, top) in [*zip(low, high, strict=True), ((math.nan, math.nan), (math.nan, math.nan))]:
+        if math.isfinite(bottom) and math.isfinite(top):
+            stretch.append((x, bottom, top))
+            continue
+        if len(stretch) > 1:
+            around = [(x, top) for x, _, top in stretch] + [(x, bottom) for x, bottom, _ in reversed(stretch)]
+            paths.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in around) + "Z")
+        stretch = []
+    return paths
 
 
 def legend(keys: list[tuple[str, str, float, str]]) -> str:

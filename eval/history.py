@@ -128,9 +128,9 @@ def read_stage(folder: str | Path) -> Stage:
         train=_newest_by_step(routed(fitting(row, TRAIN_ROW)) for row in rows if row.get("kind") == "train"),
         held_out=_newest_by_step(fitting(row, HELD_OUT_ROW) for row in rows if row.get("kind") == "held_out"),
         samples=_newest_by_step((fitting(row, SAMPLE) for row in _json_lines(folder / "samples.jsonl")), "prompt"),
-        run=_read_json(folder / "run.json", RUN),
-        evaluation=routed(_read_json(folder / "evaluation.json", EVALUATION)),
-        stages=_read_json(folder / "stages.json", STAGES),
+        run=read_json(folder / "run.json", RUN),
+        evaluation=routed(read_json(folder / "evaluation.json", EVALUATION)),
+        stages=read_json(folder / "stages.json", STAGES),
     )
 
 
@@ -273,7 +273,8 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
             yield from text
 
 
-def _read_json(path: Path, shape: dict) -> dict:
+def read_json(path: Path, shape: dict) -> dict:
+    """What of a JSON file fits the shape; empty where it is missing or damaged. ValueError where it is a link or far too large."""
     text = "".join(_lines(path, TEXT_LIMIT))
     try:
         return fitting(json.loads(text or "{}"), shape)

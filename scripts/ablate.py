@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 
+from data.words import harmless
 from scripts.ablation.study import Cell, Study, plan_table, read_study
 from train import cli
 
@@ -91,7 +92,7 @@ def main() -> int:
         raise ValueError(f"--at-once: {options.at_once} must be at least 1")
     study = read_study(options.study, options.overrides, options.base)
     cells = select(study, options.seeds, options.variants)
-    print(f"{study.file.question}\n\n{plan_table(study, _done(study))}", flush=True)
+    print(f"{harmless(study.file.question)}\n\n{plan_table(study, _done(study))}", flush=True)
     return 0 if options.plan else run(study, cells, options)
 
 

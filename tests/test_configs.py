@@ -67,7 +67,9 @@ def test_batch_divides_over_one_two_and_four_processes(path):
     config = load_config(path)
     rows, remainder = divmod(config.train.tokens_per_step, config.context_length)
     assert remainder == 0
-    processes = {"quickstart": (1, 2), "scales": (1,)}.get(path.parent.name, (1, 2, 4))  # a study's cells are run side by side
+    processes = {"quickstart": (1, 2), "scales": (1,)}.get(
+        path.parent.name, (1, 2, 4)
+    )  # a study's cells are run side by side
     for count in processes:
         micro_batch = config.train.micro_batch_size * count
         assert rows % micro_batch == 0, (

@@ -114,7 +114,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, at_the_end: conte
         progress = state.progress
         step, loss = world.from_main(folder.best_so_far(progress, config))
         progress.best_step, progress.best_loss = (None, None) if math.isnan(loss) else (int(step), loss)
-    compiled = _compile(model, config, world, precision)
+    compiled = compile_model(model, config, world, precision)
     parallel = _parallel(model, world)
     autocast = autocast_for(precision, world.device)
 
@@ -239,8 +239,9 @@ def _train(config: RunConfig, world: World, folder: RunFolder, at_the_end: conte
     return 128 + (signals.received or signal.SIGTERM) if stopping else 0
 
 
-def _compile(model: MoEForCausalLM, config: RunConfig, world: World, precision: str) -> bool:
-    """torch.compile of the layers. grouped_mm compiles in bfloat16 only, and a CPU gains little."""
+def compile_model(model: MoEForCausalLM, config: RunConfig, world: World, precision: str) -> bool:
+    """torch.compile of the layers where the config asks for it; returns whether it did. `auto`: grouped_mm compiles in bfloat16
+    only, and a CPU gains little."""
     wanted = config.train.compile
     able = world.device.type == "cuda" and precision == "bfloat16" and importlib.util.find_spec("triton") is not None
     on = wanted == "on" or (wanted == "auto" and able)

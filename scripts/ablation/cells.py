@@ -207,7 +207,7 @@ class Runner:
 
 
 def _label(cell: Cell) -> str:
-    return f"{time.strftime('%H:%M')} {cell.variant}, seed {cell.seed}"
+    return f"{time.strftime('%m-%d %H:%M')} {cell.variant}, seed {cell.seed}"
 
 
 def _last_line(log: Path) -> str:

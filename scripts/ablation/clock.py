@@ -104,7 +104,7 @@ def _contestant(cell: Cell, world: World, steps: int) -> Contestant:
     checkpoint.load_optimizer(optimizer, model, newest)
     guard = StepGuard(world.device, config.train.spike_factor)
     guard.load_state(state.guard)
-    loop._compile(model, config, world, precision)
+    loop.compile_model(model, config, world, precision)
     learning_rate = learning_rate_table(plan.steps, config.train, world.device)[-1]
     step = functools.partial(
         train_step, model, model, optimizer, guard, plan, config, world, autocast_for(precision, world.device)

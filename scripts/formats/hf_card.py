@@ -158,9 +158,7 @@ def _stages(run: Run) -> list[str]:
     train, data = config.train, config.data
     facts = f"{run.step:,} steps of {train.tokens_per_step:,} tokens, rows of {config.context_length:,} tokens"
     if run.step:
-        facts += (
-            f"; {NAMES[train.optimizer]}, learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}"
-        )
+        facts += f"; {NAMES[train.optimizer]}, learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}"
     if stage and stage[0].seconds:
         machine = stage[0].run.get("machine") or {}
         facts += (

@@ -113,8 +113,9 @@ def test_all_defaults_have_a_digest():
         ({"variants": [{**DENSE, "name": "d" * 41}]}, "part of a folder"),
         ({"variants": [{**DENSE, "sets": {}}]}, "unknown key 'variants"),
         ({"variants": [DENSE, {**EXPERTS, "of": "nobody"}]}, "'experts': of: 'nobody'"),
-        ({"variants": [{**LONGER}, DENSE]}, "'dense-longer': of: 'dense' is no variant before it"),
+        ({"variants": [{**LONGER}, DENSE]}, "'dense-longer': of: 'dense' is none of the variants before it"),
         ({"variants": [DENSE, {**LONGER, "of": None}]}, "longer: 1.5 takes `of`"),
+        ({"variants": [DENSE, LONGER, {**LONGER, "name": "longest", "of": "dense-longer"}]}, "'longest': of: 'dense-longer'"),
         ({"compare_with": ["nobody"]}, "compare_with"),
         ({"compare_with": []}, "compare_with"),
         ({"compare_with": ["dense-longer"]}, "compare_with"),
@@ -150,6 +151,9 @@ def test_equal_active_parameters_are_checked(write):
         read_study(write(variants=[DENSE, EXPERTS, wide]))
     configs = read_study(write(variants=[DENSE, EXPERTS])).configs
     assert f"{total_count(configs['dense'].model).active:,}" in str(raised.value)
+    narrow = {"name": "narrow", "set": {"model.moe_intermediate_size": 16}}
+    with pytest.raises(ValueError, match="'dense' and 'narrow' have"):
+        read_study(write(variants=[DENSE, EXPERTS, narrow]))
     said = read_study(write(variants=[DENSE, EXPERTS, {**wide, "unequal": "what width is worth"}]))
     assert "what width is worth" in plan_table(said)
     read_study(write(variants=[DENSE, EXPERTS, wide], tolerance=0.9))
