@@ -39,6 +39,7 @@ NOT_RUN = {
     "bash scripts/quickstart.sh": "installs packages, then ten minutes; tests/scripts/test_shell.py runs it on a stand-in for Python",
     "python -m scripts.collect_python": "reads all Python there is; tests/data/test_python_sources.py has it read the standard library",
     "python -m scripts.ablate configs/ablations/experts.yaml": "hours; tests/scripts/ablation runs small studies, tests/test_configs.py these ones' runs",
+    "python -m eval.study runs/ablations/experts": "wants the study; tests/eval/test_study.py has one",
     "bash scripts/test.sh": "is what runs this test",
     "bash scripts/test.sh --all": "is what runs this test",
     "bash scripts/test.sh tests/gpu --all": "is a part of what runs this test",
