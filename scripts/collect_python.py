@@ -70,7 +70,8 @@ def summary(found: dict) -> str:
 
 def main() -> int:
     parser = cli.parser(
-        "Collects this machine's Python sources as text to train on.", "python -m scripts.collect_python"
+        "Collects this machine's Python sources as text to train on.",
+        "python -m scripts.collect_python --out cache/python",
     )
     parser.add_argument("--out", type=Path, default=Path("cache/python"), help="default: cache/python")
     arguments = parser.parse_args()
