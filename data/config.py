@@ -57,6 +57,11 @@ class SourceConfig:
             raise ValueError(f"source {self.name!r}: kind embedded needs corpus: the name of an embedded text")
         if self.kind in ("hub", "jsonl", "parquet", "text") and not self.path:
             raise ValueError(f"source {self.name!r}: kind {self.kind} needs path")
+        for key in ("split_key", "held_out_fraction"):
+            if self.held_out_key is not None and getattr(self, key) is not None:
+                raise ValueError(
+                    f"source {self.name!r}: held_out_key decides what is held out, and {key} nothing; remove one"
+                )
 
 
 @dataclass

@@ -3,7 +3,8 @@
 Tens of megabytes are on every machine that can run this project, hundreds where notebooks and frameworks are installed, and
 no hub is asked. What is of no use is left out and counted: licence headers, bundled copies of other packages, what a program
 wrote, tables of data, exact and near copies. Whole packages are held out, by name: those of the standard library are the
-same wherever the Python is, so figures on them can be compared across machines.
+same wherever the Python is, so figures on them can be compared across machines. What shares much with them, as a fork does, is
+not trained on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from data.duplicates import Duplicates
 
@@ -45,6 +48,9 @@ LOOKED_AT = 1500  # characters at a file's beginning in which it would say that 
 LICENCE = re.compile(r"copyright|licen[cs]e|\bspdx\b|all rights reserved", re.IGNORECASE)
 HEADER = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)+")  # comments and empty lines at the beginning
 WORD = re.compile(r"\w+|[^\w\s]")
+# A fork (httpx2 of httpx, typer's click) is changed in too many places to be a near copy, and still gives the held-out text away.
+RUN = 8  # words
+MOST_SHARED = 0.25  # of a file's runs of RUN words that held-out text may have too
 
 
 @dataclasses.dataclass
@@ -70,17 +76,32 @@ class Survey:
     )
 
 
+def is_held_out(group: str, package: str) -> bool:
+    """Whether a package is for measuring alone. A distribution's name may be written in several ways: Jinja2, jinja2."""
+    return _normal(package) in map(_normal, HELD_OUT[group])
+
+
+def _normal(name: str) -> str:
+    """A name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def sources(survey: Survey, roots: dict[str, list[Path]] | None = None) -> Iterator[Source]:
     """Every file worth training on, held-out packages first, so that a copy of theirs elsewhere is what is left out; then by
     package and path. `survey` is filled on the way; `roots` are the folders of each group, by default this Python's."""
-    duplicates = Duplicates()
+    duplicates, measured = Duplicates(), HeldOutRuns()
     for group, package, root, file in _files(roots or default_roots()):
-        held_out = package in HELD_OUT[group]
+        held_out = is_held_out(group, package)
         text = _read(file)
         reason = "not UTF-8" if text is None else _by_its_name(file.relative_to(root)) or useless(text)
         if reason is None:
             text = without_licence(text)
-            reason = _copy_of_another(duplicates, text, held_out) if len(text) >= LEAST_BYTES else "short"
+            words = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in WORD.findall(text)]
+            reason = _copy_of_another(duplicates, text, words, held_out) if len(text) >= LEAST_BYTES else "short"
+            if reason is None and held_out:
+                measured.add(words)
+            elif reason is None and measured.share(words) > MOST_SHARED:
+                reason = "like held-out text"
         if reason is not None:
             survey.left_out[reason] += 1
             continue
@@ -133,7 +154,7 @@ def manifest(survey: Survey, digests: dict[str, str]) -> dict:
             group: {
                 "train": {"files": survey.files[group, False], "bytes": survey.bytes[group, False]},
                 "held_out": {"files": survey.files[group, True], "bytes": survey.bytes[group, True]},
-                "held_out_packages": [name for name in HELD_OUT[group] if survey.packages[group][name]],
+                "held_out_packages": [name for name in sorted(survey.packages[group]) if is_held_out(group, name)],
                 "packages": {
                     name: {"bytes": size} | ({"version": _version(name)} if group == "packages" else {})
                     for name, size in sorted(survey.packages[group].items())
@@ -159,7 +180,7 @@ def _files(roots: dict[str, list[Path]]) -> Iterator[tuple[str, str, Path, Path]
                     continue
                 module = parts[0].removesuffix(".py")
                 package = module if group == "stdlib" else sorted(distributions.get(module) or [module])[0]
-                found.append((package not in HELD_OUT[group], group != "stdlib", package, parts, root, file))
+                found.append((not is_held_out(group, package), group != "stdlib", package, parts, root, file))
     for _, is_package, package, _, root, file in sorted(found, key=lambda each: each[:4]):
         yield "packages" if is_package else "stdlib", package, root, file
 
@@ -180,8 +201,41 @@ def _by_its_name(path: Path) -> str | None:
     return "generated" if path.stem.endswith("generated") else None
 
 
-def _copy_of_another(duplicates: Duplicates, text: str, held_out: bool) -> str | None:
-    words = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in WORD.findall(text)]
+class HeldOutRuns:
+    """All runs of RUN words of the held-out text, as 64-bit hashes: `add` its files first, then ask for others' `share`."""
+
+    def __init__(self) -> None:
+        self._added: list[np.ndarray] = []
+        self._sorted = np.zeros(0, dtype=np.uint64)
+
+    def add(self, words: list[int]) -> None:
+        self._added.append(_runs(words))
+
+    def share(self, words: list[int]) -> float:
+        """The part of these words' runs that are held-out text's too, 0 to 1."""
+        if self._added:
+            self._sorted = np.unique(np.concatenate([self._sorted, *self._added]))
+            self._added = []
+        runs = _runs(words)
+        if not len(runs) or not len(self._sorted):
+            return 0.0
+        places = np.searchsorted(self._sorted, runs).clip(max=len(self._sorted) - 1)  # np.isin would sort them all again
+        return float((self._sorted[places] == runs).mean())
+
+
+def _runs(words: list[int]) -> np.ndarray:
+    """uint64: a hash of each different run of RUN words."""
+    ids = np.array(words, dtype=np.uint64)
+    hashes = np.zeros(max(0, len(ids) - RUN + 1), dtype=np.uint64)
+    for i in range(RUN if len(hashes) else 0):
+        hashes = (
+            hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : i + len(hashes)]
+        )  # 2^64 / the golden ratio, modulo 2^64
+        hashes ^= hashes >> np.uint64(29)
+    return np.unique(hashes)
+
+
+def _copy_of_another(duplicates: Duplicates, text: str, words: list[int], held_out: bool) -> str | None:
     copies, near = duplicates.add(text, words, held_out)
     return "copy" if copies else "near copy" if near else None
 

@@ -169,7 +169,7 @@ def _made(source: SourceConfig, make: Callable, by_itself: str) -> Iterator:
 
 def _reason(error: ValueError, where: str) -> str:
     """What is wrong, without where and with what: few different texts for many records."""
-    problem = re.sub(r"(\w+\[\d+\]|text_key|split_key): ", "", str(error).removeprefix(f"{where}: "))
+    problem = re.sub(r"(\w+\[\d+\]|text_key|split_key|held_out_key): ", "", str(error).removeprefix(f"{where}: "))
     problem = re.sub(r".* is no JSON object", "a record is no JSON object", problem)
     problem = re.sub(r"^role .* is none of", "a role is none of", problem)
     problem = re.sub(r"(no conversation in the columns) .*", r"\1", problem)
@@ -188,7 +188,7 @@ def _held_out(record: dict, source: SourceConfig, where: str) -> bool | None:
     value = _column(record, source.held_out_key, where, "held_out_key")
     if not isinstance(value, bool):
         raise ValueError(
-            f"{where}: held_out_key: column {source.held_out_key!r} is {short(value)}; it must be true or false"
+            f"{where}: held_out_key: column {source.held_out_key!r} is neither true nor false (but {short(value)}); name another"
         )
     return value
 

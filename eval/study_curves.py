@@ -30,6 +30,7 @@ class Band:
     mean: list[float]
     low: list[float]
     high: list[float]
+    runs: int  # over how many the mean is
 
     def xs(self, axis: Axis) -> list[float]:
         """Where each step stands on the axis: tokens, operations, or seconds by the clock; NaN where that is not known."""
@@ -80,7 +81,8 @@ def band_of(variant: Variant, points: Callable[[Stage], Points]) -> Band | None:
     bands = [band(each) or (math.nan, math.nan) for each in values]
     if not steps:
         return None
-    return Band(variant, steps, [float(np.mean(v)) for v in values], [b[0] for b in bands], [b[1] for b in bands])
+    means = [float(np.mean(v)) for v in values]
+    return Band(variant, steps, means, [b[0] for b in bands], [b[1] for b in bands], len(found))
 
 
 @dataclass

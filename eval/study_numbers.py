@@ -90,6 +90,9 @@ def difference(study: Study, variant: Variant, reference: Variant, at: str) -> D
     if at == TOKENS:
         ours, theirs = variant.by_seed("bits"), reference.by_seed("bits")
         shared = sorted(ours.keys() & theirs.keys())
+        if variant.tokens and reference.tokens and abs(variant.tokens / reference.tokens - 1) > EQUAL:
+            told = f"not covered: {cost_text(variant.tokens, at)}, and {cost_text(reference.tokens, at)} of {reference.name}"
+            return Difference(*names, cost=variant.tokens, missing=told)
         return Difference(
             *names,
             cost=variant.tokens,
@@ -118,11 +121,12 @@ def difference(study: Study, variant: Variant, reference: Variant, at: str) -> D
 
 
 def leader(study: Study, at: str) -> Difference | None:
-    """The lowest difference from the main reference that has an interval; None where there is none."""
+    """The lowest difference from the main reference among those that are shown to be better, else among all that have an interval;
+    None where there is none."""
     main = study.references[:1]
     found = [difference(study, v, each, at) for each in main for v in study.full_length if v is not each]
     found = [each for each in found if each.bits is not None and each.bits.half is not None]
-    return min(found, key=lambda each: each.bits.mean, default=None)
+    return min(found, key=lambda each: (each.word != "better", each.bits.mean), default=None)
 
 
 def cost_of(variant: Variant, at: str) -> float | None:

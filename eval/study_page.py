@@ -5,10 +5,10 @@ Like every report it reads files only, runs nothing, asks nobody, and escapes ev
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from urllib.parse import quote
 
 from eval.charts import DASHES, Line, escape, legend, line_chart, nice_ticks, on_both, smooth, swatch
@@ -55,7 +55,7 @@ def render(study: Study) -> str:
         section(
             "What beats the reference",
             "Differences in bits per byte of held-out text after the whole training, a dot for the mean over the seeds, a bar for "
-            "its 95 % interval. Left of the line is better; a bar across the line shows no difference.",
+            "its 95 % interval. Left of the line is better; a bar across the line shows no difference, nor does a ring: one seed.",
             [_dot_plots(study)],
         ),
         section("Figures", "", cards),
@@ -103,18 +103,19 @@ def _tiles(study: Study) -> list[tuple[str, str]]:
 
 
 def _story(study: Study) -> str:
-    """The best variant against the main reference at equal tokens, and the best at equal wall clock, as sentences."""
+    """What the main reference is beaten by at equal tokens, and at equal wall clock, as sentences."""
     said = []
     for at in (AT_TOKENS, AT_TIME):
         best = leader(study, at)
         if best is None:
             continue
-        figures = f"{abs(best.bits.mean):.3f} ± {best.bits.half:.3f} bits per byte"
+        seeds = f"({best.bits.n} seeds)"
         if best.word == "better":
-            text = f"{best.variant} is best, {figures} better than {best.reference}"
+            figures = f"{abs(best.bits.mean):.3f} ± {best.bits.half:.3f} bits per byte {seeds}"
+            text = f"{best.variant} beats {best.reference} by {figures}, the largest gain beyond the noise"
         else:
-            text = f"no variant is shown to be better than {best.reference}; nearest is {best.variant}, {signed(best.bits)}"
-        said.append(f"At {HEADINGS[at]}, {text} ({best.bits.n} seeds).")
+            text = f"no variant is shown to be better than {best.reference}; lowest is {best.variant}, {signed(best.bits)} {seeds}"
+        said.append(f"At {HEADINGS[at]}, {text}.")
     return " ".join(said)
 
 
@@ -144,15 +145,16 @@ def dot_plot(found: Sequence[Difference], beside: Sequence[Difference], colours:
     def at(value: float) -> float:
         return 100 * (value - low) / (high - low)
 
-    ticks = nice_ticks(low, high, 4)
+    ticks = next(some for count in (4, 6, 12) if len(some := nice_ticks(low, high, count)) > 2)
     lines = "".join(f'<s style="left:{at(tick):.2f}%"></s>' for tick in ticks) + f'<u style="left:{at(0):.2f}%"></u>'
     rows = []
     for each in found:
         half, colour = each.bits.half or 0.0, colours.get(each.variant, ("#5f6b7a", ""))[0]
         fill = f"background:{colour};background:{on_both(colour)}"
+        dot = fill if each.bits.half is not None else f"border:2px solid {colour};border-color:{on_both(colour)}"
         bar = f"left:{at(each.bits.mean - half):.2f}%;width:{at(low + 2 * half):.2f}%;{fill}"
         about = escape(f"{each.variant} minus {each.reference}: {signed(each.bits)} bits per byte, {each.verdict}")
-        marks = f'<i style="{bar}"></i><em style="left:{at(each.bits.mean):.2f}%;{fill}"></em>'
+        marks = f'<i style="{bar}"></i><em style="left:{at(each.bits.mean):.2f}%;{dot}"></em>'
         rows.append(
             f'<div class="row" title="{about}"><b>{escape(each.variant)}</b><div class="track">{lines}{marks}</div></div>'
         )
@@ -166,15 +168,15 @@ def dot_plot(found: Sequence[Difference], beside: Sequence[Difference], colours:
 
 
 def _curves(study: Study) -> str:
-    found = bands_of(study.variants, held_out_points(study))
+    found, ends = bands_of(study.variants, held_out_points(study)), _ends(study)
     whole = [each for each in found if not each.variant.longer]
     cards = [
         figure("Against tokens", chart(whole, TOKENS, study, "Bits per byte against tokens"), ""),
         figure(
             "Against wall clock",
-            chart(found, TIME, study, "Bits per byte against wall clock", ends=_ends(study)),
+            chart(found, TIME, study, "Bits per byte against wall clock", ends=ends),
             "Steps times the step time of the interleaved clock."
-            + f" Dotted: what {study.references[0].name} reaches when it is trained just so long." * bool(_ends(study)),
+            + (f" Dotted: what {study.references[0].name} reaches when it is trained just so long." if ends else ""),
         ),
         figure("Against training operations", chart(found, FLOPS, study, "Bits per byte against operations"), ""),
     ]
@@ -242,7 +244,7 @@ def _router_curves(study: Study) -> str:
 def _smoothed(each: Band) -> Band:
     window = max(1, len(each.steps) // 30)
     mean, low, high = (smooth(values, window) for values in (each.mean, each.low, each.high))
-    return Band(each.variant, each.steps, mean, low, high)
+    return dataclasses.replace(each, mean=mean, low=low, high=high)
 
 
 def _key(bands: Sequence[Band], study: Study) -> str:
@@ -278,11 +280,10 @@ def _runs(study: Study) -> str:
     for variant in study.variants:
         cells = []
         for cell in variant.cells:
-            there = cell.stage is not None and not PurePosixPath(cell.link).is_absolute()
             page = cell.stage is not None and (cell.stage.folder / "report.html").is_file()
-            target = quote(cell.link.rstrip("/")) + ("/report.html" if page else "/")
+            target = quote(cell.link.rstrip("/"), errors="replace") + ("/report.html" if page else "/")
             name = escape(f"seed {cell.seed}")
-            shown = f'<a href="./{target}">{name}</a>' if there else name
+            shown = f'<a href="./{target}">{name}</a>' if cell.stage else name
             cells.append(f"{shown} {escape(number(cell.bits, 4) if cell.is_done else cell.state or DASH)}")
         rows.append(
             f'<tr><td class="variant">{escape(variant.name)}</td><td class="words">{" · ".join(cells) or DASH}</td></tr>'

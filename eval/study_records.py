@@ -10,16 +10,19 @@ asks for. Like a run folder, a study may come from a stranger: what does not fit
 from __future__ import annotations
 
 import math
+import posixpath
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from eval.facts import describe_device, skipped_steps, wanted_steps
-from eval.history import Stage, read_json, read_stage
+from eval.history import LARGEST, Stage, read_json, read_stage
 from eval.page import is_number
 
-MOST_VARIANTS, MOST_CELLS = 48, 1000
+MOST_VARIANTS, MOST_CELLS = 48, 1000  # of a study
+NO_TIME = 1e-9  # seconds that no step can take
 CELL = {"seed": int, "folder": str, "state": str, "commit": str}
 VARIANT = {
     "name": str, "of": str, "longer": bool, "unequal": str, "set": {str: object}, "total": int, "active": int,
@@ -30,7 +33,7 @@ CLOCK = {
     "seconds": {str: [[float]]}, "tokens_per_step": {str: int},
 }  # fmt: skip
 STUDY = {
-    "study": str, "question": str, "config": str, "overrides": [str], "scale": str, "seeds": [int], "compare_with": [str], "tolerance": float,
+    "study": str, "question": str, "config": str, "base": str, "overrides": [str], "scale": str, "seeds": [int], "compare_with": [str], "tolerance": float,
     "commit": str, "dirty": bool, "machine": {str: object}, "variants": [VARIANT], "clock": CLOCK,
 }  # fmt: skip
 
@@ -116,10 +119,12 @@ class Study:
     name: str
     question: str = ""
     config: str = ""  # as it was typed
+    base: str = ""  # of the command line, in place of the config's own
     overrides: list[str] = field(default_factory=list)  # of the command line
     scale: str = ""
     seeds: list[int] = field(default_factory=list)
     compare_with: list[str] = field(default_factory=list)
+    tolerance: float | None = None  # largest relative difference of active parameters
     commit: str = ""
     dirty: bool = False
     machine: dict = field(default_factory=dict)
@@ -129,8 +134,10 @@ class Study:
 
     @property
     def command(self) -> str:
-        """What runs it, or goes on with it; empty where study.json does not say."""
-        return " ".join(["python -m scripts.ablate", self.config, *self.overrides]) if self.config else ""
+        """What runs it, or goes on with it, as a shell takes it; empty where study.json does not say."""
+        base = ["--base", self.base] if self.base else []
+        words = ["python", "-m", "scripts.ablate", self.config, *self.overrides, *base]
+        return shlex.join(words) if self.config else ""
 
     def variant(self, name: str) -> Variant | None:
         return next((variant for variant in self.variants if variant.name == name), None)
@@ -151,7 +158,8 @@ class Study:
 
 
 def read_study(folder: str | Path) -> Study:
-    """Reads a study and its runs. ValueError where there is no study.json with variants in it, or more than MOST_VARIANTS."""
+    """Reads a study and its runs. ValueError where there is no study.json with variants in it, or more than MOST_VARIANTS
+    or MOST_CELLS."""
     folder = Path(folder)
     tree = read_json(folder / "study.json", STUDY)
     variants = [variant for variant in tree.get("variants") or [] if variant.get("name")]
@@ -162,25 +170,28 @@ def read_study(folder: str | Path) -> Study:
         )
     if len(variants) > MOST_VARIANTS:
         raise ValueError(f"{folder}: {len(variants)} variants are more than {MOST_VARIANTS}; split the study")
+    if (n_cells := sum(len(entry.get("cells") or ()) for entry in variants)) > MOST_CELLS:
+        raise ValueError(f"{folder}: {n_cells} runs are more than {MOST_CELLS}; split the study")
     study = Study(
         folder=folder,
         name=tree.get("study") or folder.resolve().name,
         question=tree.get("question", ""),
         config=tree.get("config", ""),
+        base=tree.get("base", ""),
         overrides=[text for text in tree.get("overrides") or [] if text],
         scale=tree.get("scale", ""),
         seeds=[seed for seed in tree.get("seeds") or [] if seed is not None],
         compare_with=[name for name in tree.get("compare_with") or [] if name] or [variants[0]["name"]],
+        tolerance=tree.get("tolerance"),
         commit=tree.get("commit", ""),
         dirty=tree.get("dirty", False),
         machine=tree.get("machine") or {},
         clock=tree.get("clock") or {},
     )
     for entry in variants:
-        cells = [_read_cell(folder, cell) for cell in (entry.get("cells") or [])[:MOST_CELLS] if "seed" in cell]
-        known = {
-            key: entry.get(key) for key in ("total", "active", "active_without_router", "flops_per_token", "tokens")
-        }
+        cells = [_read_cell(folder, cell) for cell in entry.get("cells") or [] if "seed" in cell]
+        counts = ("total", "active", "active_without_router", "flops_per_token", "tokens")
+        known = {key: value for key in counts if (value := entry.get(key)) and value >= 1}
         study.variants.append(
             Variant(
                 name=entry["name"],
@@ -188,7 +199,7 @@ def read_study(folder: str | Path) -> Study:
                 longer=entry.get("longer", False),
                 unequal=entry.get("unequal", ""),
                 settings=entry.get("set") or {},
-                steps=next((steps for cell in cells if cell.stage and (steps := wanted_steps(cell.stage))), None),
+                steps=next(filter(None, map(_steps, cells)), None),
                 cells=cells,
                 **known,
             )
@@ -207,7 +218,8 @@ def judged(sources: dict[str, dict], source: str) -> tuple[float, float, float] 
         return None
     nats = math.fsum(figures["loss"] * figures["tokens"] for figures in chosen)
     n_bytes = sum(figures["bytes"] for figures in chosen)
-    return nats / math.log(2) / n_bytes, nats / sum(figures["tokens"] for figures in chosen), n_bytes
+    found = nats / math.log(2) / n_bytes, nats / sum(figures["tokens"] for figures in chosen), n_bytes
+    return found if max(found) <= LARGEST else None
 
 
 def problems(study: Study) -> list[str]:
@@ -216,7 +228,7 @@ def problems(study: Study) -> list[str]:
     for variant in study.variants:
         missing = [cell for cell in variant.cells if not cell.is_done]
         if missing or not variant.cells:
-            states = ", ".join(f"seed {cell.seed} {cell.state or 'not there'}" for cell in missing) or "no run"
+            states = ", ".join(f"seed {cell.seed} {_lacks(cell)}" for cell in missing) or "no run"
             found.append(f"{variant.name} is not complete: {states}.")
     cells = [cell for variant in study.variants for cell in variant.done]
     sizes = sorted({cell.judged_bytes for cell in cells})
@@ -235,19 +247,45 @@ def problems(study: Study) -> list[str]:
             )
     if few := [v.name for v in study.full_length if v.tokens_per_active and v.tokens_per_active < 20]:
         found.append(f"Fewer than 20 tokens per active parameter, where little is settled: {', '.join(few)}.")
+    first = study.references[0] if study.references else None
+    for variant in study.full_length if first and first.active and study.tolerance is not None else ():
+        off = variant.active / first.active - 1 if variant.active else 0.0
+        if abs(off) > study.tolerance and not variant.unequal:
+            found.append(f"{variant.name} has {off:+.1%} active parameters against {first.name}: no equal models.")
     found += [f"{v.name} has other active parameters on purpose: {v.unequal}." for v in study.variants if v.unequal]
     if not any(variant.step_seconds for variant in study.variants):
         found.append("The time of a step has not been measured yet, so nothing is compared at equal wall clock.")
     return found
 
 
+def _lacks(cell: Cell) -> str:
+    """Why a cell is not done, after "seed 1"."""
+    if cell.state != "done":
+        return cell.state or "not there"
+    return "done, but its run is not there" if cell.stage is None else "done, but its run has no evaluation of its end"
+
+
 def _read_cell(folder: Path, entry: dict) -> Cell:
     cell = Cell(entry["seed"], entry.get("folder", ""), entry.get("state", ""), entry.get("commit", ""))
     try:
-        cell.stage = read_stage(folder / cell.link) if cell.link else None
+        cell.stage = read_stage(folder / cell.link) if _is_beside(cell.link) else None
     except (ValueError, OSError):  # no run yet, one that was cleared away, or no path at all
         cell.stage = None
+    if cell.stage and cell.stage.tree.get("seed", cell.seed) != cell.seed:
+        cell.stage = None  # one run for several seeds would look like seeds that agree
     return cell
+
+
+def _steps(cell: Cell) -> int | None:
+    """Optimizer steps of its whole training."""
+    steps = wanted_steps(cell.stage) if cell.stage else None
+    return steps if steps and steps > 0 else None
+
+
+def _is_beside(link: str) -> bool:
+    """Whether it leads into the study's folder or one beside it: a stranger's study shows no other run of this machine."""
+    way = posixpath.normpath(link)
+    return link != "" and not way.startswith(("/", "../..")) and way != ".."
 
 
 def _judge(study: Study) -> None:
@@ -257,9 +295,10 @@ def _judge(study: Study) -> None:
     study.source = max(named, key=named.count, default="")
     for variant in study.variants:
         for cell in variant.cells:
-            if cell.stage is None or cell.stage.evaluation.get("step") != (wanted_steps(cell.stage) or math.nan):
+            if cell.stage is None or cell.stage.evaluation.get("step") != (_steps(cell) or math.nan):
                 continue
-            if found := judged(cell.stage.sources(), study.source):
+            measured = cell.stage.evaluation.get("heldout") or {}  # of all the text, as training's own figures are not
+            if found := judged(measured, study.source):
                 cell.bits, cell.nats, cell.judged_bytes = found
 
 
@@ -267,7 +306,10 @@ def _read_clock(study: Study) -> None:
     """Step times from the clock's rounds: within a round the variants took turns, so its ratios hold on a machine that drifts."""
     times = {
         name: {
-            (i, j): s for i, rounds in enumerate(lists) for j, s in enumerate(rounds or ()) if is_number(s) and s > 0
+            (i, j): s
+            for i, rounds in enumerate(lists)
+            for j, s in enumerate(rounds or ())
+            if is_number(s) and s > NO_TIME
         }
         for name, lists in (study.clock.get("seconds") or {}).items()
     }

@@ -106,8 +106,9 @@ def at_equal_time(study: Study, reference: Variant) -> Table:
         rows,
         _clock_note(study)
         + " The reference's value at a variant's time lies between the final values of its runs of different "
-        "lengths, each with its whole schedule, on a line over the logarithm of the time (which flatters the others by about a "
-        "fortieth of the step between two lengths).",
+        "lengths, each with its whole schedule, on a line over the logarithm of the time (which flatters the others: half-way between "
+        "lengths a factor of two apart by about a fortieth of the step between them). ± is the seeds' doubt; the clock's own, in "
+        "brackets, comes on top.",
     )
 
 
@@ -120,7 +121,8 @@ def at_equal_compute(study: Study, reference: Variant) -> Table:
             cost = cost_text(found.cost, COMPUTE) if found.cost else DASH
             rows.append([variant.name, cost, _number(found.reference_bits, 4), signed(found.bits), found.word])
     head = ["variant", "operations", f"{reference.name} with as many, bits per byte", "difference", "verdict"]
-    return Table(f"At equal training operations, against {reference.name}", head, rows)
+    note = "Operations of the model, forward and backward; the optimizer's own are left out, and Muon has far more than AdamW."
+    return Table(f"At equal training operations, against {reference.name}", head, rows, note)
 
 
 def other_sources(study: Study) -> Table:

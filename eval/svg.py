@@ -17,6 +17,7 @@ from eval.charts import band_paths, escape, nice_ticks, on_dark
 from eval.curves import TIME, TOKENS, Axis
 from eval.study_curves import Band, Ends, bands_of, ends_by_time, held_out_points, later_part, looks
 from eval.study_numbers import TIME as AT_TIME
+from eval.study_numbers import TOKENS as AT_TOKENS
 from eval.study_numbers import final, leader
 from eval.study_records import Study, Variant
 
@@ -67,7 +68,7 @@ def picture(study: Study, at: str) -> str:
     if not bands:
         return ""
     size, unit = axis.unit(max(each.xs(axis)[-1] for each in bands))
-    right = 22 + CHARACTER * max(len(_short(each.variant.name)) for each in bands)
+    right = 22 + CHARACTER * max(len(_name(each)) for each in bands)
     (x_low, x_high), (y_low, y_high) = later_part(bands, axis, SHOWN_FROM)
     x_low, x_high = x_low / size, x_high / size
     width, height = WIDTH - LEFT - right, HEIGHT - TOP - BOTTOM
@@ -86,12 +87,10 @@ def picture(study: Study, at: str) -> str:
     for place, each in enumerate(bands):
         xs = [px(x / size) for x in each.xs(axis)]
         shapes += _curve(each, xs, py, place, looks(study)[each.variant.name][1])
-        labels.append(
-            Label(place, _short(each.variant.name), (xs[-1], py(each.mean[-1])), xs[-1] + 11, py(each.mean[-1]))
-        )
+        labels.append(Label(place, _name(each), (xs[-1], py(each.mean[-1])), xs[-1] + 11, py(each.mean[-1])))
     frame = f'<clipPath id="inside"><rect x="{LEFT}" y="{TOP - 8}" width="{width + 8:.0f}" height="{height + 8}"/></clipPath>'
     clipped = f'<g clip-path="url(#inside)">{"".join(shapes)}</g>'
-    title = f"Bits per byte of held-out {study.source or 'text'} against {axis.title}"
+    title = f"Bits per byte of held-out {_short(study.source) or 'text'} against {axis.title}"
     said = _subtitle(study, bands, at, main.name if main and ends else "")
     body = [
         f'<rect class="paper" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="12"/>',
@@ -125,11 +124,14 @@ def _dotted(ends: Ends, place: int, px: Scale, py: Scale, size: float) -> list[s
 
 
 def _chosen(study: Study, axis: Axis) -> list[Variant]:
-    """The main reference, its longer runs where the axis is time, and the best others that the picture has room for."""
+    """The main reference, its longer runs where the axis is time, and the best others that the picture has room for: first the
+    one of which the subtitle speaks."""
     main = study.references[0] if study.references else study.variants[0]
     first = study.lengths_of(main) if axis is TIME else [main]
     others = [variant for variant in study.full_length if variant is not main]
-    others.sort(key=lambda variant: bits.mean if (bits := final(variant)) else math.inf)
+    best = leader(study, AT_TIME if axis is TIME else AT_TOKENS)
+    told = best.variant if best else ""
+    others.sort(key=lambda variant: (variant.name != told, bits.mean if (bits := final(variant)) else math.inf))
     chosen = {variant.name for variant in (*first, *others[: max(0, MOST_LINES - len(first))])}
     return [variant for variant in study.variants if variant.name in chosen]
 
@@ -140,9 +142,10 @@ def _is_on(each: Band, axis: Axis) -> bool:
 
 def _subtitle(study: Study, bands: Sequence[Band], at: str, dotted: str) -> list[str]:
     """Two lines: how to read the picture, and what it shows."""
-    seeds = sorted({len(each.variant.done or each.variant.cells) for each in bands})
+    seeds = sorted({each.runs for each in bands})
     mean = f"mean of {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seed{'s' * (seeds != [1])}"
-    band = {1: "", 2: "; band: from one seed to the other"}.get(seeds[-1], "; band: 95 % interval of the mean")
+    interval = "95 % interval, or both of two seeds" if 2 in seeds else "95 % interval of the mean"
+    band = {1: "", 2: "; band: from one seed to the other"}.get(seeds[-1], f"; band: {interval}")
     how = f"Lower is better; {mean}{band}" + (f"; dotted: {_short(dotted)} trained just so long" if dotted else "")
     best = leader(study, at)
     if best is None:
@@ -213,6 +216,11 @@ def _styles(bands: Sequence[Band], colours: dict[str, tuple[str, str]]) -> str:
 
 def _line(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _name(each: Band) -> str:
+    """What stands at a line's end."""
+    return _short(each.variant.name) + ("" if each.variant.done else " (so far)")
 
 
 def _short(name: str) -> str:

@@ -43,6 +43,7 @@ def run(study: Study, cells: list[Cell], options: argparse.Namespace) -> int:
 
     pending = [cell for cell in cells if not record.is_done(cell)]
     main = study.configs[study.file.compare_with[0]]
+    record.check_same_settings(study)
     record.check_same_data(study, running.prepare_text(main) if pending else None)
     places = running.slots(main, options.at_once)
     say(f"\n{len(cells) - len(pending)} of {len(cells)} cells are done; {len(places)} at once; {study.folder}")
@@ -50,6 +51,7 @@ def run(study: Study, cells: list[Cell], options: argparse.Namespace) -> int:
     if outcome.signal:
         say("the same command goes on")
         return 128 + outcome.signal
+    record.check_same_data(study, None)  # the text may have changed under the runs
     if options.clock is not False and (names := clock.missing(study, again=options.clock is True)):
         record.write_record(study, failed=outcome.failed, clock=clock.measure(study, names, say), began=True)
     if any(record.is_done(cell) for cell in study.cells):

@@ -9,6 +9,7 @@ are held out, what was left out and why, and has the fingerprint to name beside 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,12 @@ def collect(out: Path) -> dict:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out: cannot make the folder {out} ({error.strerror}); choose another") from None
+    with open(out / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds them
+        return _found(out) or _write(out)
+
+
+def _write(out: Path) -> dict:
     survey = Survey()
     files = {group: (out / f"{group}.jsonl.partial").open("wb") for group in survey.packages}
     hashes = {group: hashlib.sha256() for group in files}
@@ -50,8 +57,9 @@ def _found(out: Path) -> dict | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        summary(found)  # all that it needs is there
         return found if all((out / name).is_file() for name in found["files"]) else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it to collect the sources again") from None
 
 

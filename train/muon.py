@@ -10,8 +10,8 @@ What counts as a matrix: each expert's own of the stacked tensors, and the gate 
 Matrices of one shape go through Newton-Schulz together, whatever layer they are in: a step is a few batched products.
 
 An expert that no token chose has a gradient of zero, and Muon moves it all the same: on along its momentum, and at full speed,
-because the length of the momentum does not matter (AdamW's moves shrink instead). Only after some 200 idle steps is the momentum
-so small (1e-7) that it stands still.
+because the length of the momentum does not matter (AdamW's moves shrink instead). Only when the momentum is so small (1e-7) that
+it no longer counts does the expert stand still: at 0.95 after about 230 idle steps for gradients of a norm of 0.001, 370 for 1.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch
 from data.prepare import open_prepared, prepare
 from data.words import harmless
 from scripts.ablation import record
-from scripts.ablation.study import Cell, Study
+from scripts.ablation.study import Cell, Study, cell_folder
 from scripts.train_tokenizer import train_tokenizer
 from train import checkpoint
 from train.config import RunConfig, to_yaml
@@ -119,6 +119,7 @@ class Runner:
             stop.close()
             for job in self._jobs():  # after an error of ours
                 job.process.terminate()
+        self.outcome.signal = stop.received  # one that came when nothing ran any more, too
         self._write()
         return self.outcome
 
@@ -130,6 +131,8 @@ class Runner:
         for cell in list(self.waiting):
             if time.monotonic() < self._not_before.get(cell.digest, 0.0):
                 continue
+            if made := cell_folder(self.study.cells_folder, cell.digest):  # by another study, since this one was read
+                cell.config.name = made
             if record.is_locked(cell):
                 if cell.digest not in self._not_before:
                     self.say(f"{_label(cell)}: another process trains it; left to the end")

@@ -42,25 +42,16 @@ BUSY = 0.5  # processors' worth of other work that is worth a word
 def missing(study: Study, again: bool = False) -> list[str]:
     """The variants to be timed now: all that can be, if one of them has no time yet (or `again`), else none. A longer variant has
     its `of`'s steps."""
-    known = (record.read_json(study.folder / "study.json").get("clock") or {}).get("seconds", {})
-    names = [cell.variant for cell in _cells(study)]
-    return names if again or not set(names) <= known.keys() else []
-
-
-def _cells(study: Study) -> list[Cell]:
-    """The first seed's finished cells, but for the longer ones."""
-    return [
-        cell
-        for cell in study.cells
-        if cell.seed == study.file.seeds[0] and study.variant(cell.variant).longer is None and record.is_done(cell)
-    ]
+    clock = record.known_clock(study, record.read_json(study.folder / "study.json")) or {"seconds": {}}
+    names = [cell.variant for cell in record.timed_cells(study) if record.is_done(cell)]
+    return names if again or not set(names) <= clock["seconds"].keys() else []
 
 
 def measure(study: Study, names: list[str], say: Callable[[str], None], rounds: int = ROUNDS) -> dict:
     """study.json's `clock`: the seconds per step of the variants `names` in each round, and what they were measured on."""
     # oneDNN keeps the newest 1,024 compiled kernels: too few for all variants' shapes, so they would evict each other's.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")
-    cells = {cell.variant: cell for cell in _cells(study)}
+    cells = {cell.variant: cell for cell in record.timed_cells(study)}
     first = cells[names[0]].config.train
     with distributed.joined(first) as world:
         torch.use_deterministic_algorithms(first.deterministic)
@@ -79,6 +70,7 @@ def measure(study: Study, names: list[str], say: Callable[[str], None], rounds: 
             "commit": head,
             "seconds": {c.name: [[round(each / steps, 7) for each in seconds[c.key]]] for c in competing},
             "tokens_per_step": {c.name: c.tokens // steps for c in competing},
+            "digests": {name: cells[name].digest for name in names},  # a variant whose settings change is timed again
         }
 
 

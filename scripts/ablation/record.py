@@ -13,12 +13,14 @@ import subprocess
 from collections.abc import Collection
 from pathlib import Path
 
-from scripts.ablation.study import Cell, Study
+from scripts.ablation.study import Cell, Study, digest
 from scripts.watching.files import lock_holder
 from train import checkpoint
+from train.config import load_config
 from train.distributed import World, choose_device
 from train.files import open_plain, replace_file
 from train.metrics import read_rows
+from train.progress import TrainingState
 from train.runs import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +42,18 @@ def trained_steps(cell: Cell) -> int:
     """Steps of the newest whole checkpoint, 0 without one."""
     found = checkpoint.complete_checkpoints(cell.config.run_dir)
     return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def newest_state(cell: Cell) -> TrainingState | None:
+    """State of the newest whole checkpoint, None without one. Of a run that is being trained that checkpoint may be removed
+    while it is read: then the newest one of now is taken. ValueError where it is damaged."""
+    while found := checkpoint.complete_checkpoints(cell.config.run_dir):
+        try:
+            return checkpoint.read_training_state(found[-1])
+        except ValueError:
+            if found[-1].exists():
+                raise
+    return None
 
 
 def is_trained(cell: Cell) -> bool:
@@ -78,8 +92,8 @@ def bits_per_byte(cell: Cell) -> float:
 
 def train_seconds(cell: Cell) -> float:
     """Seconds spent in training steps up to the newest checkpoint; 0 without one."""
-    found = checkpoint.complete_checkpoints(cell.config.run_dir)
-    return checkpoint.read_training_state(found[-1]).progress.train_seconds if found else 0.0
+    state = newest_state(cell)
+    return state.progress.train_seconds if state is not None else 0.0
 
 
 def seconds_left(study: Study, cells: Collection[Cell], at_once: int) -> float | None:
@@ -100,10 +114,9 @@ def check_same_data(study: Study, prepared: dict[str, str] | None) -> None:
     ones will be trained on, {source: SHA-256}, None if there is no next one."""
     first, expected = "this machine's text", prepared
     for cell in study.cells:
-        if trained_steps(cell) == 0:
+        if (state := newest_state(cell)) is None:
             continue
-        newest = checkpoint.complete_checkpoints(cell.config.run_dir)[-1]
-        data = checkpoint.read_training_state(newest).data
+        data = state.data
         if expected is not None and data != expected:
             raise ValueError(
                 f"{cell.config.run_dir}: was trained on other text than {first}; remove the older one, to train it anew, or bring "
@@ -112,12 +125,30 @@ def check_same_data(study: Study, prepared: dict[str, str] | None) -> None:
         first, expected = (first, expected) if expected is not None else (str(cell.config.run_dir), data)
 
 
+def check_same_settings(study: Study) -> None:
+    """ValueError if a cell's folder is named after other settings than it was trained with. The digest leaves out what is at its
+    default, so a default that was changed since would bring up old runs as if they were new ones."""
+    for cell in study.cells:
+        path = cell.config.run_dir / "config.yaml"
+        if not path.is_file():
+            continue
+        trained = load_config(path)
+        trained.model.expert_backend = cell.config.model.expert_backend  # the run has put in what `auto` is here
+        if digest(trained) != cell.digest:
+            raise ValueError(
+                f"{path}: is not what {cell.variant!r}, seed {cell.seed}, would be trained with now (a default that has changed?); "
+                "move the run away, to train it anew"
+            )
+
+
 def commit() -> tuple[str | None, bool]:
     """(short id of git's HEAD, whether files of it are changed); (None, False) outside of a checkout."""
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+            # Without that option `status` writes the index anew, and a person's commit at that moment fails.
+            command = ["git", "--no-optional-locks", *words]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -162,6 +193,7 @@ def write_record(
         "question": study.file.question,
         "config": study.path,
         "overrides": study.overrides,
+        "base": study.base,
         "scale": study.scale,
         "seeds": study.file.seeds,
         "compare_with": study.file.compare_with,
@@ -170,10 +202,30 @@ def write_record(
         "dirty": dirty,
         "machine": machine,
         "variants": variants,
-        "clock": clock if clock is not None else before.get("clock"),
+        "clock": clock if clock is not None else known_clock(study, before),
     }
     study.folder.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def known_clock(study: Study, before: dict) -> dict | None:
+    """The step times of an earlier study.json, without those of variants whose settings have changed since."""
+    clock = before.get("clock")
+    if not isinstance(clock, dict):
+        return None
+    digests, timed = {c.variant: c.digest for c in timed_cells(study)}, clock.get("digests", {})
+    seconds = {
+        name: rounds
+        for name, rounds in clock.get("seconds", {}).items()
+        if timed.get(name) in (None, digests.get(name))  # None: timed before digests were noted
+    }
+    return {**clock, "seconds": seconds}
+
+
+def timed_cells(study: Study) -> list[Cell]:
+    """The first seed's cells, but for the longer ones, whose steps are those of their `of`."""
+    first = study.file.seeds[0]
+    return [cell for cell in study.cells if cell.seed == first and study.variant(cell.variant).longer is None]
 
 
 def _cell_record(study: Study, cell: Cell, running: bool, failed: bool) -> dict:

@@ -33,6 +33,7 @@ FREE_KEYS = frozenset(
     ("name", "runs_dir", "wandb", "tensorboard", "data.cache_dir", "train.stall_timeout", "train.checkpoint_every",
      "train.keep_checkpoints", "train.keep_every", "train.async_checkpoint", "train.log_every")
 )  # fmt: skip
+CELLS = "cells"  # folder of the runs of all studies
 OWN_KEYS = ("name", "seed", "runs_dir", "base")  # the study's business, not a variant's
 
 
@@ -54,7 +55,12 @@ class Variant:
                 f"variants: name {short(self.name)} becomes part of a folder's; use at most {LONGEST_NAME} letters, digits, '.', '_' "
                 "and '-', a letter or digit first"
             )
-        for key in self.set:
+        for key, value in self.set.items():
+            if "." not in key and isinstance(value, dict):
+                raise ValueError(
+                    f"variant {self.name!r}: set: {short(key)}: would replace the whole section; write each key with a dot, such as "
+                    f"{key}.{next(iter(value), 'KEY')}"
+                )
             if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key) or key in OWN_KEYS:
                 what = "is set by the study itself" if key in OWN_KEYS else "is no dotted key, such as train.steps"
                 raise ValueError(f"variant {self.name!r}: set: {short(key)} {what}; use a key of the run config")
@@ -140,7 +146,8 @@ class Study:
     file: StudyFile
     scale: str  # the base config's stem
     overrides: list[str]  # of the command line, on the base
-    root: Path  # folder of all studies' results; their cells are in root/cells
+    base: str | None  # of the command line, in place of the file's own
+    root: Path  # folder of all studies' results; their cells are in root/CELLS
     configs: dict[str, RunConfig]  # of each variant; the seed is still the base's
     cells: list[Cell]  # seeds outermost, so that the first results are whole
 
@@ -151,7 +158,7 @@ class Study:
     @property
     def cells_folder(self) -> Path:
         """Where the runs of all studies are."""
-        return self.root / "cells"
+        return self.root / CELLS
 
     @functools.cached_property
     def sizes(self) -> dict[str, Size]:
@@ -174,6 +181,10 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), base: str | Path
     plain = load_config(base_path)
     changed = load_config(base_path, overrides)
     name = path.stem if base is None else f"{path.stem}-{base_path.stem}"
+    if name.lower() == CELLS:
+        raise ValueError(
+            f"{short_name(path)}: {name!r} is the name of the runs' own folder; give this file another one"
+        )
     if digest(changed) != digest(plain):
         name += f"-{digest(changed)}"  # a trial: its results must not take the place of the study's
     configs: dict[str, RunConfig] = {}
@@ -190,8 +201,8 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), base: str | Path
     except ValueError as error:
         raise ValueError(f"{short_name(path)}: {error}") from None
     runs_dir = Path(changed.runs_dir)
-    root = runs_dir.parent if runs_dir.name == "cells" else runs_dir / "ablations"  # a base may name the cells' folder
-    study = Study(name, str(path), file, base_path.stem, list(overrides), root, configs, [])
+    root = runs_dir.parent if runs_dir.name == CELLS else runs_dir / "ablations"  # a base may name the cells' folder
+    study = Study(name, str(path), file, base_path.stem, list(overrides), base and str(base), root, configs, [])
     study.cells = [_cell(study, variant.name, seed) for seed in file.seeds for variant in file.variants]
     return study
 
@@ -229,7 +240,7 @@ def _essence(value: object, key: str = "") -> object:
     for f in dataclasses.fields(value):
         dotted, here = f"{key}.{f.name}".removeprefix("."), getattr(value, f.name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if dotted not in FREE_KEYS and (dataclasses.is_dataclass(here) or here != default):
+        if dotted not in FREE_KEYS and here != default:
             tree[f.name] = _essence(here, dotted)
     return tree
 
@@ -237,10 +248,7 @@ def _essence(value: object, key: str = "") -> object:
 def _cell(study: Study, variant: str, seed: int) -> Cell:
     config = dataclasses.replace(study.configs[variant], seed=seed)
     key = digest(config)
-    there = [
-        path for path in sorted(study.cells_folder.glob(f"*-{key}")) if path.is_dir()
-    ]  # by another study's name, maybe
-    name = there[0].name if there else f"{variant}-{study.scale[:30]}-seed{seed}-{key}"
+    name = cell_folder(study.cells_folder, key) or f"{variant}-{study.scale[:30]}-seed{seed}-{key}"
     try:
         config = run_config.from_dict(
             run_config.to_dict(config) | {"name": name, "runs_dir": str(study.cells_folder)}, f"seed {seed}"
@@ -248,6 +256,14 @@ def _cell(study: Study, variant: str, seed: int) -> Cell:
     except ValueError as error:
         raise ValueError(f"{short_name(study.path)}: {error}") from None
     return Cell(variant, seed, config, key)
+
+
+def cell_folder(cells: Path, key: str) -> str | None:
+    """Name of the folder of the cell with this digest, by whatever study it was made; None before there is one. Of two, which
+    studies that began at the same time could make, the one that got further."""
+    there = sorted(path for path in cells.glob(f"*-{key}") if path.is_dir())
+    newest = {path: max((step.name for step in path.glob("checkpoints/step-*")), default="") for path in there}
+    return max(there, key=newest.__getitem__).name if there else None
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -1,10 +1,12 @@
 """This machine's Python sources as text: what is taken, what is left out and why, and that no held-out file is trained on."""
 
+import hashlib
 import json
 import random
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,15 @@ def test_whole_packages_are_held_out_by_name(collected):
     assert survey.files["stdlib", True] == 3 and survey.files["packages", False] == 1
 
 
+@pytest.mark.parametrize("name", ["Jinja2", "jinja2", "JINJA2"])
+def test_a_held_out_package_is_known_however_its_name_is_written(name):
+    """As its metadata have it, which changes from one release to the next; else the whole package would be trained on."""
+    assert python_sources.is_held_out("packages", name) and not python_sources.is_held_out("stdlib", name)
+    survey = Survey()
+    survey.packages["packages"][name] = 7
+    assert python_sources.manifest(survey, {})["groups"]["packages"]["held_out_packages"] == [name]
+
+
 def test_a_copy_of_a_held_out_file_is_what_is_left_out(collected):
     """Wherever the copy lies, exact or with a few changed words, and though its package comes first in the alphabet."""
     text = module(1, 60)
@@ -78,6 +89,19 @@ def test_a_copy_of_a_held_out_file_is_what_is_left_out(collected):
     )
     assert set(found) == {"stdlib/json/decoder.py", "packages/aaa/own.py"}
     assert survey.left_out == {"copy": 1, "near copy": 1}
+
+
+def test_a_fork_of_a_held_out_package_is_not_trained_on(collected):
+    """Renamed, and half of it written anew: no near copy, and yet much of what the held-out text says."""
+    own = module(1, 200)
+    files = {
+        "stdlib/json/decoder.py": own,
+        "packages/fork/m.py": own[: len(own) // 2] + module(2, 100),
+        "packages/kin/m.py": own[: len(own) // 10] + module(3, 180),
+    }
+    found, survey = collected(files)
+    assert set(found) == {"stdlib/json/decoder.py", "packages/kin/m.py"}
+    assert survey.left_out == {"like held-out text": 1}
 
 
 def test_what_is_left_out_and_why(collected):
@@ -167,6 +191,32 @@ def test_files_that_are_gone_are_collected_again_and_a_damaged_manifest_is_named
     first = collect(out)
     (out / "stdlib.jsonl").unlink()
     assert collect(out) == first and (out / "stdlib.jsonl").is_file()
-    (out / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json: .*remove"):
-        collect(out)
+    for damaged in ("{", "[]", "{}", '{"files": {}}', '{"files": {}, "groups": [1]}', "[" * 100_000):
+        (out / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match="manifest.json: .*remove"):
+            collect(out)
+
+
+def test_two_that_collect_at_once_write_the_text_once(tmp_path, monkeypatch):
+    """The second waits for the first and takes what it wrote, though it would find other packages."""
+    from scripts import collect_python
+
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "one.py").write_text(module(1))
+    monkeypatch.setattr(python_sources, "default_roots", lambda: {"stdlib": [tmp_path / "lib"], "packages": []})
+    out, found, results = tmp_path / "out", collect_python.sources, []
+    second = threading.Thread(target=lambda: results.append(collect_python.collect(out)))
+
+    def slowly(survey: Survey):
+        second.start()
+        second.join(timeout=0.5)
+        (tmp_path / "lib" / "two.py").write_text(module(2))
+        monkeypatch.setattr(collect_python, "sources", found)
+        yield from found(survey)
+
+    monkeypatch.setattr(collect_python, "sources", slowly)
+    first = collect_python.collect(out)
+    second.join()
+    assert results == [first] and first["groups"]["stdlib"]["train"]["files"] == 2
+    content = (out / "stdlib.jsonl").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == first["files"]["stdlib.jsonl"]

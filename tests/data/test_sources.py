@@ -46,10 +46,20 @@ def test_a_column_may_say_itself_what_is_held_out(jsonl):
 @pytest.mark.parametrize("value", ["true", 1, None, "test"])
 def test_a_held_out_column_that_says_neither_true_nor_false(jsonl, value):
     path = jsonl([{"text": "one", "test": value}])
-    with pytest.raises(ValueError, match=r"data.jsonl:1: held_out_key: column 'test' is .*; it must be true or false"):
+    with pytest.raises(
+        ValueError, match=r"data.jsonl:1: held_out_key: column 'test' is neither true nor false \(but .*\); name"
+    ):
         texts(source(path=path, held_out_key="test"))
     with pytest.raises(ValueError, match="held_out_key: no column 'other'; the columns are 'text', 'test'"):
         texts(source(path=path, held_out_key="other"))
+    [skipped] = iterate(source(path=path, held_out_key="test", bad_records="skip"), "text")
+    assert skipped == Skipped("column 'test' is neither true nor false"), "the same whatever it holds, to be counted"
+
+
+@pytest.mark.parametrize("other", [{"split_key": "author"}, {"held_out_fraction": 0.1}])
+def test_what_a_held_out_column_leaves_without_effect_is_refused(other):
+    with pytest.raises(ValueError, match=f"source 'mine': held_out_key decides .* {next(iter(other))} nothing"):
+        source(path="x.jsonl", held_out_key="test", **other)
 
 
 def test_globs_are_read_in_order_and_text_files_whole(tmp_path):

@@ -18,8 +18,9 @@ from eval.charts import Line, band_paths, line_chart
 from eval.intervals import band, mean_of, paired, t_quantile
 from eval.study import main, write_results
 from eval.study_curves import band_of, ends_by_time, held_out_points
-from eval.study_numbers import COMPUTE, TIME, TOKENS, difference, use_of
-from eval.study_records import judged, problems, read_study
+from eval.study_numbers import COMPUTE, TIME, TOKENS, Difference, difference, leader, use_of
+from eval.study_page import dot_plot, render
+from eval.study_records import MOST_CELLS, judged, problems, read_study
 from eval.study_tables import at_equal_tokens, verdicts
 from model.balance import load_statistics
 
@@ -144,6 +145,24 @@ def test_every_reference_has_its_own_differences(tmp_path):
     ]
 
 
+def test_other_tokens_are_no_equal_tokens(tmp_path):
+    made = [Made("dense", {1: 1.0}), Made("moe", {1: 0.5}, more={"tokens": 4_000_000})]
+    found = of(make_study(tmp_path, made, seeds=(1,)), "moe", TOKENS)
+    assert found.bits is None
+    assert found.verdict == "not covered: 4,000,000 tokens, and 3,276,800 tokens of dense"
+
+
+def test_the_leader_is_the_lowest_that_is_shown_to_be_better(tmp_path):
+    dense = {1: 1.0, 2: 1.0, 3: 1.0}
+    noisy = Made("noisy", {1: 0.80, 2: 1.00, 3: 0.90}, experts=8)  # lower by 0.1, and nobody knows
+    sure = Made("sure", {1: 0.950, 2: 0.951, 3: 0.949}, experts=8)
+    study = read_study(make_study(tmp_path / "1", [Made("dense", dense), noisy, sure]))
+    assert leader(study, TOKENS).variant == "sure"
+    assert "At equal tokens, sure beats dense by 0.050 ± 0.002 bits per byte (3 seeds)" in render(study)
+    study = read_study(make_study(tmp_path / "2", [Made("dense", dense), noisy]))
+    assert "no variant is shown to be better than dense; lowest is noisy" in render(study)
+
+
 # Equal wall clock and operations.
 
 
@@ -243,6 +262,48 @@ def test_a_cell_counts_when_its_evaluation_is_of_its_last_step(tmp_path):
     assert any("experts-8 is not complete" in text and "seed 2" in text for text in problems(study))
 
 
+def test_the_figures_of_training_are_no_evaluation(tmp_path):
+    """They are of eval.max_tokens of the text."""
+    folder = example(tmp_path)
+    change(cell_folder(folder, "experts-8", 2) / "evaluation.json", lambda tree: tree.pop("heldout"))
+    study = read_study(folder)
+    assert [cell.seed for cell in study.variant("experts-8").done] == [1, 3]
+    assert "experts-8 is not complete: seed 2 done, but its run has no evaluation of its end." in problems(study)
+
+
+def test_one_run_is_not_several_seeds(tmp_path):
+    folder = example(tmp_path)
+
+    def edit(tree):
+        cells = tree["variants"][3]["cells"]
+        cells[1]["folder"] = cells[2]["folder"] = cells[0]["folder"]
+
+    change(folder / "study.json", edit)
+    assert of(folder, "experts-8", TOKENS).word == "one seed: not judged", "seeds that agree too well"
+
+
+def test_other_active_parameters_are_named_unless_they_are_meant(tmp_path):
+    def said(name, **more):
+        made = [Made("dense", {1: 1.0}), Made("moe", {1: 0.9}, more={"active": 1_040_000, **more})]
+        return " ".join(problems(read_study(make_study(tmp_path / name, made))))
+
+    assert "moe has +4.0% active parameters against dense" in said("1")
+    assert "no equal models" not in said("2", active=1_020_000)
+    assert "no equal models" not in said("3", unequal="it is wider")
+
+
+def test_the_command_is_one_that_a_shell_takes(tmp_path):
+    folder = example(tmp_path)
+    config = "configs/ablations/experts.yaml"
+    assert read_study(folder).command == f"python -m scripts.ablate {config}"
+    change(folder / "study.json", lambda tree: tree.update(base="scales/gpu-10m.yaml", overrides=["eval.prompts=[]"]))
+    assert read_study(folder).command == (
+        f"python -m scripts.ablate {config} 'eval.prompts=[]' --base scales/gpu-10m.yaml"
+    )
+    change(folder / "study.json", lambda tree: tree.update(config="x; touch y"))
+    assert "'x; touch y'" in read_study(folder).command
+
+
 def test_judged_by_best_source_or_by_all_text_together(tmp_path):
     bits = {1: 1.0}
     named = read_study(make_study(tmp_path / "1", [Made("dense", bits)]))
@@ -273,6 +334,7 @@ def test_partial_results_are_written_and_say_what_is_missing(tmp_path):
     assert (folder / "tokens.svg").is_file() and not (folder / "clock.svg").exists()
     shutil.rmtree(folder.parent / "cells")
     results, *_ = written(folder)
+    assert "seed 1 done, but its run is not there" in results["problems"][0]
     assert not results["verdicts"] and not (folder / "tokens.svg").exists(), "an old picture would show what is gone"
 
 
@@ -321,6 +383,51 @@ def test_texts_of_a_strangers_study_are_never_html(tmp_path):
     change(folder / "study.json", edit)
     *_, text = written(folder)
     assert "<script" not in text and "javascript:" not in text
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tree: tree.update(compare_with=["nobody"]),
+        lambda tree: tree["variants"][1].update(flops_per_token=-1, tokens=-5, active=0),
+        lambda tree: tree["variants"][0].update(flops_per_token=-1),
+        lambda tree: tree["variants"][0]["cells"][0].update(folder="\ud800"),
+        lambda tree: tree["clock"]["seconds"].update(dense=[[5e-324, 1e15]]),
+        lambda tree: tree["clock"]["seconds"].update({"experts-8": [[1e15]]}),
+    ],
+)
+def test_odd_numbers_and_names_break_nothing(tmp_path, edit):
+    folder = example(tmp_path)
+    change(folder / "study.json", edit)
+    written(folder)
+
+
+def test_figures_beyond_all_measure_are_none(tmp_path):
+    folder = example(tmp_path)
+    path = cell_folder(folder, "dense", 1) / "evaluation.json"
+    change(path, lambda tree: tree["heldout"]["python"].update(bytes=1e-300))
+    assert [cell.seed for cell in read_study(folder).variant("dense").done] == [2, 3]
+    written(folder)
+
+
+@pytest.mark.parametrize("link", ["../../elsewhere", "../x/../../elsewhere", "{}/elsewhere"])
+def test_a_run_elsewhere_on_the_machine_is_not_shown(tmp_path, link):
+    folder = example(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    cell_folder(folder, "dense", 1).rename(elsewhere)
+    link = link.format(tmp_path)
+    change(folder / "study.json", lambda tree: tree["variants"][0]["cells"][0].update(folder=link))
+    (folder.parent / "x").mkdir()
+    assert (folder / link / "config.yaml").is_file(), "the test looks at another place"
+    *_, page, text = written(folder)
+    assert "elsewhere" not in text and len(page.loads) == 17
+
+
+def test_more_runs_than_any_study_has_are_refused(tmp_path):
+    folder = example(tmp_path)
+    change(folder / "study.json", lambda tree: tree["variants"][0].update(cells=[{"seed": 1}] * (MOST_CELLS + 1)))
+    with pytest.raises(ValueError, match=r"10\d\d runs are more than 1000; split the study"):
+        read_study(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"variants": []}', '{"variants": [{"set": {}}]}'])
@@ -381,6 +488,23 @@ def test_a_band_is_drawn_where_its_numbers_are_and_breaks_at_gaps():
     gap = [(0, 1.0), (1, 1.0), (2, math.nan), (3, 1.0), (4, 1.0), (5, 1.0)]
     assert [path.count("L") for path in band_paths(gap, gap)] == [3, 5]
     assert band_paths(gap[:1], gap[:1]) == []
+
+
+def test_a_dot_without_an_interval_is_a_ring(tmp_path):
+    """A dot without a bar would look like one whose bar is too short to be seen."""
+    for seeds, looks in (((1,), "border:2px"), ((1, 2), "background:")):
+        bits = {seed: 1.0 + 0.01 * seed for seed in seeds}
+        made = [Made("dense", bits), Made("moe", {seed: 0.9 * b for seed, b in bits.items()})]
+        page = render(read_study(make_study(tmp_path / str(len(seeds)), made, seeds=seeds, clock=False)))
+        assert set(re.findall(r'<em style="left:[\d.]+%;(\w+:(?:2px)?)', page)) == {looks}
+
+
+@pytest.mark.parametrize("ends", [(-0.45, 0.31), (-0.05, -0.04), (1e-5, 9e-5), (-3.0, 400.0), (0.0, 0.0)])
+def test_a_dot_plot_has_a_scale(ends):
+    found = [Difference("moe", "dense", TOKENS, bits=mean_of([end])) for end in ends]
+    found = dot_plot(found, found, {})
+    ticks = re.findall(r'<span style="left:[-\d.]+%">([^<]+)</span>', found)
+    assert len(ticks) == len(set(ticks)) > 2 and "0" in ticks, "one number alone says nothing of how long a bar is"
 
 
 def test_sentences_say_which_way_and_how_sure(tmp_path):

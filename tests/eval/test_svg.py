@@ -103,6 +103,30 @@ def test_more_variants_than_fit_leave_the_reference_and_the_best(tmp_path):
     assert set(shown) == {"dense", *(f"v{i}" for i in range(MOST_LINES - 1))}
 
 
+def test_the_variant_of_the_subtitle_is_in_the_picture(tmp_path):
+    """At equal time that may be one of the worst at equal tokens."""
+    ranks = range(MOST_LINES + 1)
+    dense = Made("dense", {1: 2.0, 2: 2.01}), Made("longer", {1: 1.0, 2: 1.01}, steps=1600, longer=True, of="dense")
+    slow = [Made(f"v{i}", {1: 1.5 + 0.01 * i, 2: 1.512 + 0.01 * i}, step_seconds=1.9) for i in ranks]
+    fast = Made("fast", {1: 1.7, 2: 1.711}, step_seconds=0.5)
+    tree = drawn(make_study(tmp_path, [*dense, *slow, fast], seeds=(1, 2)), "time")
+    assert any(text.startswith("fast against dense in equal time") for text in texts(tree))
+    assert "fast" in ends(tree) and len(ends(tree)) == MOST_LINES
+
+
+def test_it_says_over_how_many_runs_and_which_are_unfinished(tmp_path):
+    folder = make_study(tmp_path, [Made("dense", {1: 1.0, 2: 1.1, 3: 1.2}), Made("moe", {1: 0.9, 2: 1.0}, experts=4)])
+    assert any(
+        "mean of 2 to 3 seeds; band: 95 % interval, or both of two seeds" in text
+        for text in texts(drawn(folder, "tokens"))
+    )
+    for path in (folder.parent / "cells").glob("moe-*/evaluation.json"):
+        path.unlink()
+    tree = drawn(folder, "tokens")
+    assert any("mean of 2 to 3 seeds" in text for text in texts(tree)), "the third run of moe never began"
+    assert set(ends(tree)) == {"dense", "moe (so far)"}
+
+
 def test_texts_of_strangers_stay_texts(tmp_path):
     evil = '</text><script>alert(1)</script>\x02"&'
     folder = make_study(tmp_path, [Made("dense", {1: 1.0}), Made("b", {1: 1.0})], seeds=(1,))

@@ -151,6 +151,22 @@ def test_an_expert_without_tokens_goes_on_along_its_momentum_and_one_that_never_
     assert moves[0][1].square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
+@pytest.mark.parametrize("norm, steps", [(1e-3, 230), (1.0, 370)])
+def test_how_long_an_idle_expert_moves_at_full_speed(norm, steps):
+    matrix, other = nn.Parameter(torch.zeros(1, 32, 64)), nn.Parameter(torch.zeros(2))
+    groups = [{"params": [matrix], "momentum": 0.95, "parts": 1, "weight_decay": 0.0}, {"params": [other]}]
+    optimizer = Muon(groups, products=torch.float32, lr=1e-3)
+    generator, moves = torch.Generator().manual_seed(4), []
+    for step in range(60 + steps + 60):
+        gradient = torch.randn(matrix.shape, generator=generator)
+        matrix.grad = gradient * (norm / gradient.norm()) if step < 60 else torch.zeros_like(matrix)
+        before = matrix.detach().clone()
+        optimizer.step()
+        moves.append((matrix.detach() - before).norm().item())
+    full, *idle = moves[59:]
+    assert idle[steps - 30] > 0.7 * full and idle[steps + 30] < 0.3 * full, (full, idle[steps - 30 : steps + 30 : 10])
+
+
 def test_a_model_learns_with_it():
     torch.manual_seed(0)
     model = tiny_model(hidden_size=32, moe_intermediate_size=32)

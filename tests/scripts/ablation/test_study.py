@@ -3,10 +3,13 @@
 import copy
 import dataclasses
 import re
+import shlex
 
 import pytest
 
+from eval import study_records
 from model.flops import total_count
+from scripts.ablation import record
 from scripts.ablation.study import digest, plan_table, read_study
 from train import strict_yaml
 from train.config import RunConfig, load_config
@@ -35,6 +38,16 @@ def test_a_base_may_name_the_folder_of_cells_itself(write, place):
     assert nested.folder == place / "elsewhere/study"
     assert {cell.config.run_dir.parent for cell in nested.cells} == {place / "elsewhere/cells"}
     assert [c.digest for c in nested.cells] == [c.digest for c in read_study(write()).cells]
+
+
+def test_of_two_folders_of_one_cell_the_one_that_got_further_counts(write, place):
+    """Two studies that begin at the same time may both make it, each by its own name."""
+    cell = read_study(write()).cells[0]
+    folders = {step: f"{name}-{cell.digest}" for step, name in ((6, "a"), (12, "m"), (None, "z"))}
+    for step, name in folders.items():
+        path = place / "runs/ablations/cells" / name
+        (path / f"checkpoints/step-{step:08d}" if step else path).mkdir(parents=True)
+    assert read_study(write()).cells[0].config.name == folders[12]
 
 
 def test_set_goes_over_the_command_line_and_of_goes_first(write):
@@ -77,7 +90,7 @@ def test_a_key_that_is_added_later_renames_no_cell(place):
 
     def grow(value: object, default: object) -> object:
         fields = [(f.name, f.type, f) for f in dataclasses.fields(value)]
-        added = ("brand_new", object, dataclasses.field(default=default))
+        added = ("brand_new", object, dataclasses.field(default_factory=lambda: default))
         cls = dataclasses.make_dataclass("Grown", [(n, t, _as_default(f)) for n, t, f in fields] + [added])
         return cls(**{f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
 
@@ -85,6 +98,8 @@ def test_a_key_that_is_added_later_renames_no_cell(place):
     grown.data = copy.copy(config.data)
     grown.data.sources = [grow(source, None) for source in config.data.sources]
     assert digest(grow(grown, 0.0)) == digest(config)
+    section = dataclasses.make_dataclass("Section", [("key", int, dataclasses.field(default=1))])
+    assert digest(grow(config, section())) == digest(config), "a whole new section"
     grown.model.brand_new = True
     assert digest(grown) != digest(config)
 
@@ -125,6 +140,9 @@ def test_all_defaults_have_a_digest():
         ({"variants": [DENSE, {**EXPERTS, "set": {"model.n_routed_experts": "4"}}]}, "'experts': .*must be a whole number"),
         ({"variants": [DENSE, {**EXPERTS, "set": {"seed": 4}}]}, "'experts': set: 'seed'"),
         ({"variants": [DENSE, {**EXPERTS, "set": {"a=b": 4}}]}, "'experts': set: 'a=b'"),
+        ({"variants": [DENSE, {**EXPERTS, "set": {"wandb": {"mode": "offline"}}}]}, "would replace the whole section.*wandb.mode"),
+        ({"variants": [DENSE, {**EXPERTS, "set": {"train": {}}}]}, "would replace the whole section.*train.KEY"),
+        ({"name": "cells"}, "cells.yaml: 'cells' is the name of the runs' own folder"),
         ({"variants": [DENSE, {**EXPERTS, "set": {"train.tokens_per_step": 100}}]}, "'experts': .*use 96"),
         ({"variants": [DENSE, {**EXPERTS, "set": {"train.steps": None, "train.epochs": 1.0}}]}, "give train.steps"),
         ({"variants": [DENSE, {**EXPERTS, "set": {"eval.best_source": "none"}}]}, "eval.best_source"),
@@ -141,7 +159,7 @@ def test_mistakes_are_named_before_anything_runs(write, place, keys, words):
     with pytest.raises(ValueError, match=words) as raised:
         read_study(write(**keys))
     text = str(raised.value)
-    assert ("study.yaml" in text or "missing.yaml" in text) and "\n" not in text
+    assert ("study.yaml" in text or "missing.yaml" in text or "cells.yaml" in text) and "\n" not in text
     assert not (place / "runs").exists()
 
 
@@ -171,6 +189,17 @@ def test_another_scale_and_a_trial_have_folders_of_their_own(write, place):
     for override in ("name=x", "seed=3"):
         with pytest.raises(ValueError, match="every cell has its own"):
             read_study(write(), [override])
+
+
+def test_the_command_that_the_results_name_is_this_study(write, place):
+    (place / "other.yaml").write_text(strict_yaml.dump({"base": "base.yaml", "train": {"learning_rate": 0.5}}))
+    for overrides, base in (([], None), (["train.steps=6", "eval.prompts=['a b']"], place / "other.yaml")):
+        study = read_study(write(), overrides, base)
+        record.write_record(study)
+        config, *words = shlex.split(study_records.read_study(study.folder).command)[3:]
+        said = (words[: words.index("--base")], words[words.index("--base") + 1]) if base else (words, None)
+        again = read_study(config, *said)
+        assert again.folder == study.folder and [c.digest for c in again.cells] == [c.digest for c in study.cells]
 
 
 def test_the_sizes_are_those_of_the_model(write):
