@@ -219,7 +219,9 @@ class HeldOutRuns:
         runs = _runs(words)
         if not len(runs) or not len(self._sorted):
             return 0.0
-        places = np.searchsorted(self._sorted, runs).clip(max=len(self._sorted) - 1)  # np.isin would sort them all again
+        places = np.searchsorted(self._sorted, runs).clip(
+            max=len(self._sorted) - 1
+        )  # np.isin would sort them all again
         return float((self._sorted[places] == runs).mean())
 
 
