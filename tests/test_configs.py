@@ -15,9 +15,8 @@ from model.flops import count_parameters
 from scripts.ablation.study import read_study
 from train.config import RunConfig, from_dict, load_config, to_dict
 
-ROOT = Path(__file__).resolve().parents[1]
-STUDIES = sorted(ROOT.glob("configs/ablations/*.yaml"))  # no runs, but many of them: scripts.ablate
-CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path not in STUDIES)
+from .configs import CONFIGS, ROOT, SCALES, STUDIES
+
 FAMILIES = sorted({path.parent for path in CONFIGS if path.name == "sft.yaml"})
 MOE_FAMILIES = [path for path in CONFIGS if path.parent.name == "families" and path.stem != "common"]
 ALONE = [path for path in CONFIGS if path.stem == "pretrain" and path.parent not in FAMILIES]  # without fine-tuning
@@ -26,9 +25,6 @@ TRAINED = [  # every day; with --all also the twins, and wikitext's model, which
     pytest.param(path, marks=pytest.mark.slow) if path in TWINS or path.parent.name == "wikitext" else path
     for path in [*MOE_FAMILIES, *ALONE]
 ]
-
-
-SCALES = sorted(ROOT.glob("configs/ablations/scales/*.yaml"))
 
 
 def name_of(path: Path) -> str:

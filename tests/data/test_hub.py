@@ -17,14 +17,10 @@ from data.config import SourceConfig
 from data.sources import Conversation, Document, Skipped, iterate
 from train.config import load_config
 
+from ..configs import CONFIGS, ROOT
 from .hub import lay_out, serve
 
-ROOT = Path(__file__).resolve().parents[2]
-HUB_CONFIGS = [
-    path
-    for path in sorted(ROOT.glob("configs/**/*.yaml"))
-    if any(source.kind == "hub" for source in load_config(path).data.sources)
-]
+HUB_CONFIGS = [path for path in CONFIGS if any(source.kind == "hub" for source in load_config(path).data.sources)]
 
 # What users expect a ready config for: (repository, subset, file, split) -> (of use, {reason: records left out}) in our hub.
 EXPECTED = {

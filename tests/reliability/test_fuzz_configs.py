@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from train.config import LARGEST_FILE, RunConfig, load_config, to_dict, to_yaml
 
+from ..configs import CONFIGS
 from ..train.conftest import ROOT, environment
 from .fuzz import CASES, fuzz, sentence_of  # noqa: F401  (a fixture)
 
-REAL = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in sorted(ROOT.glob("configs/*/*.yaml"))}
+REAL = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in CONFIGS}
 BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n" for before, after in zip("abcdefgh", "bcdefghi")
 )

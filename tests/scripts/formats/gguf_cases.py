@@ -9,10 +9,10 @@ from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts.export_gguf import export
 from scripts.formats.gguf_check import HARD_STRINGS, TEXTS
 from scripts.formats.gguf_tokenizer import SPLITTERS
+from tests.configs import CONFIGS as RUN_CONFIGS
 from train.checkpoint import open_run
 
-ROOT = Path(__file__).parents[3]
-CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.stem not in ("common", "sft", "tokenizer"))
+CONFIGS = [path for path in RUN_CONFIGS if path.stem not in ("common", "sft", "tokenizer")]
 UNGATED = {"families/plain_moe", "families/plain_moe_dense"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 SHAPES = {  # name -> architecture, model keys

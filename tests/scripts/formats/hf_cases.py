@@ -11,10 +11,9 @@ from pathlib import Path
 
 from model import ModelConfig
 from tests import random_runs
+from tests.configs import ROOT
 from train.config import load_config
 
-ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 TRANSFORMERS_4 = ROOT / ".venv/transformers4"
 SMALL = {**random_runs.SMALL, "head_dim": 8}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

@@ -30,10 +30,10 @@ from train import cli
 from train.checkpoint import open_run
 from train.config import load_config
 
+from ...configs import ROOT
 from .gguf_cases import (
     CONFIGS,
     LOGITS_TOLERANCE,
-    ROOT,
     SHAPES,
     UNGATED,
     YARN,

@@ -20,7 +20,8 @@ from train import cli
 from train.checkpoint import open_run
 from train.config import load_config
 
-from .hf_cases import CONFIGS, ROOT, SMALL, VARIANTS, YARN
+from ...configs import CONFIGS, ROOT
+from .hf_cases import SMALL, VARIANTS, YARN
 
 BY_FAMILY = {
     "plain_moe": "gated_ffn", "plain_moe_dense": "gated_ffn", "mixtral": "MixtralForCausalLM", "deepseek_v3": "Glm4MoeForCausalLM",

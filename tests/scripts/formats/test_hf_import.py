@@ -25,7 +25,8 @@ from tests.random_runs import make_random_run
 from train import cli
 from train.checkpoint import check_intact, find_checkpoint, open_run, read_training_state
 
-from .hf_cases import ROOT, YARN
+from ...configs import ROOT
+from .hf_cases import YARN
 from .test_hf_export import SIX
 
 QUICK = ("llama", "qwen3_moe", "glm4_moe")  # of the six classes, every day

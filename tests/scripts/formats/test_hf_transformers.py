@@ -19,9 +19,8 @@ from scripts.import_hf import import_folder
 from tests.random_runs import make_random_run
 from train.checkpoint import open_run
 
+from ...configs import CONFIGS, ROOT
 from .hf_cases import (
-    CONFIGS,
-    ROOT,
     SMALL,
     TRANSFORMERS_4,
     VARIANTS,
