@@ -136,7 +136,7 @@ class Attention(nn.Module):
         std = self.config.initializer_range
         for linear in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(linear.weight, std=std)
-        nn.init.normal_(self.o_proj.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        nn.init.normal_(self.o_proj.weight, std=self.config.output_std)
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)

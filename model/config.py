@@ -167,6 +167,13 @@ class ModelConfig:
                 "gradient from the language-model loss; set norm_topk_prob: false"
             )
 
+    @property
+    def output_std(self) -> float:
+        """Of the initial weights that write into the residual stream, o_proj and every down_proj: initializer_range / sqrt(2 L), so
+        that 2 L additions keep its scale (GPT-2); 0 with zero_init_output, as in modded-nanogpt and nanochat. The random numbers are
+        drawn all the same, so that all other weights are what they are without it."""
+        return 0.0 if self.zero_init_output else self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has routed experts."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer not in self.mlp_only_layers

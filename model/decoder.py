@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer)
-        std, out_std = config.initializer_range, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+        std, out_std = config.initializer_range, config.output_std
         self.mlp = (
             MoEFeedForward(config)
             if self.is_moe
@@ -51,16 +51,6 @@ class DecoderLayer(nn.Module):
             )
         )
         self.dropout = config.dropout
-        if config.zero_init_output:
-            self._zero_outputs()
-
-    def _zero_outputs(self) -> None:
-        """Zero in all that writes into the residual stream: the layer is the identity until it has learned something (as in
-        modded-nanogpt and nanochat). Zeroed after they were drawn, so that all other weights are what they are without it."""
-        nn.init.zeros_(self.self_attn.o_proj.weight)
-        for name, weight in self.mlp.named_parameters():
-            if name.removesuffix(".weight").endswith("down_proj"):  # dense, shared, routed
-                nn.init.zeros_(weight)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None

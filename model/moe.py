@@ -28,7 +28,7 @@ class MoEFeedForward(nn.Module):
         super().__init__()
         self.config = config
         D, F = config.hidden_size, config.moe_intermediate_size
-        std, out_std = config.initializer_range, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+        std, out_std = config.initializer_range, config.output_std
         self.gate = MoEGate(config)
         self.experts = Experts(
             config.n_routed_experts, D, F, config.hidden_act, config.gated_ffn, config.expert_backend, std, out_std

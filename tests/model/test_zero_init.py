@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import ModelConfig, MoEForCausalLM
+from model.moe import MoEFeedForward
 from train import checkpoint
 from train.config import RunConfig, TrainConfig
 from train.optim import build_optimizer, step_if
@@ -41,6 +42,12 @@ def test_what_writes_into_the_stream_is_zero_and_nothing_else_differs(kind):
             assert torch.equal(tensor, plain[name]), f"{name}: another initial weight than without the key"
     last = "down_proj" if kind == "dense" else "experts.down_proj"
     assert any(name.removesuffix(".weight").endswith(last) for name in zero)
+
+
+def test_a_moe_layer_by_itself_starts_at_zero():
+    config = ModelConfig(**SHAPE, zero_init_output=True)
+    y, _ = MoEFeedForward(config)(torch.randn(2, 5, 32))
+    assert not y.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
