@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from eval.study_tables import markdown, provenance, verdicts
 from eval.svg import picture
 from train import cli
 from train.files import replace_file
+from train.metrics import without_nan
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def as_json(study: Study, found: list[Difference]) -> str:
         ],
         "verdicts": verdicts(study),
     }
-    return json.dumps(_finite(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(without_nan(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _variant(variant: Variant) -> dict:
@@ -113,15 +113,6 @@ def _mean(value: Mean | None) -> dict | None:
     if value is None:
         return None
     return {"mean": value.mean, "sd": value.sd, "half_width_95": value.half, "values": list(value.values)}
-
-
-def _finite(value: object) -> object:
-    """The same tree with null for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def append_row(path: Path, row: dict) -> None:
     """Adds one JSON line. A line that a kill left unfinished is closed first."""
-    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) + "\n"
     with open(path, "ab+", opener=open_plain) as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -47,12 +47,12 @@ def append_row(path: Path, row: dict) -> None:
         file.write(line.encode("utf-8"))
 
 
-def _finite(value: object) -> object:
-    """NaN and infinity, of a skipped step, as null: JSON has neither."""
+def without_nan(value: object) -> object:
+    """The same tree of mappings and lists with None for NaN and infinity, as of a skipped step: JSON has neither."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

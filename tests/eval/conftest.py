@@ -35,6 +35,18 @@ def conversation(i: int) -> list[dict]:
     return turns
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for a module's tests that look at a page as a person does."""
+    api = pytest.importorskip("playwright.sync_api")
+    chromium = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(p).exists()), None)
+    if chromium is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser:
+            yield browser
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """make_run(chat=False, **model_keys) -> a Run with random weights on its own text."""

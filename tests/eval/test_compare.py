@@ -501,17 +501,6 @@ def test_the_command(tmp_path):
     assert (tmp_path / "compare-a-b.html").read_text().endswith("</html>\n")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    chromium = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(p).exists()), None)
-    if chromium is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser:
-            yield browser
-
-
 A4_WIDTH = 695  # CSS pixels between the margins of the page
 BEYOND = """() => [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1
     && !e.closest('.scroll') && !e.closest('svg') && getComputedStyle(e).display != 'none').map(e => e.outerHTML.slice(0, 80))"""

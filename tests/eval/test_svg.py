@@ -152,17 +152,6 @@ def test_names_at_the_ends_never_touch(points):
         assert not any(one.overlaps(other) for other in labels[i + 1 :])
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    chromium = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(p).exists()), None)
-    if chromium is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser:
-            yield browser
-
-
 TEXT_BOXES = """() => [...document.querySelectorAll('text')].map(e => {
     const box = e.getBoundingClientRect(); return [e.textContent, box.left, box.top, box.right, box.bottom]; })"""
 
