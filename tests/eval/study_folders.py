@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import yaml
+
+from eval.study import write_results
+from eval.study_numbers import difference
+from eval.study_records import read_study
+
+from .run_folders import Page
 
 TOKENS_PER_STEP, BYTES_PER_TOKEN = 8192, 3.5
 LAYERS = [1, 2, 3]
@@ -185,3 +193,48 @@ def example(root: Path) -> Path:
             Made("experts-32", three(0.941), experts=32, step_seconds=0.9),
         ],
     )
+
+
+def change(path: Path, edit) -> None:
+    """Rewrites a JSON file: `edit` changes its tree in place."""
+    tree = json.loads(path.read_text())
+    edit(tree)
+    path.write_text(json.dumps(tree))
+
+
+def cell_folder(study: Path, variant: str, seed: int) -> Path:
+    return next((study.parent / "cells").glob(f"{variant}-cpu-seed{seed}-*"))
+
+
+def written(folder: Path) -> tuple[dict, str, Page, str]:
+    """(results.json, results.md, the page, its text), checked: valid JSON, nothing loaded but links to runs, no NaN."""
+    write_results(folder)
+    results = json.loads(
+        (folder / "results.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} in JSON")
+    )
+    text, markdown = ((folder / name).read_text(encoding="utf-8") for name in ("report.html", "results.md"))
+    for shown in (text, markdown):
+        assert not re.search(r"\b([nN]a[nN]|inf|None)\b", shown), "a NaN or a None is shown"
+    page = Page(text)
+    assert not {"script", "link", "iframe", "img"} & set(page.tags)
+    assert all(load.startswith("./..") for load in page.loads), page.loads
+    return results, markdown, page, text
+
+
+def of(folder: Path, variant: str, at: str, reference: str = "dense"):
+    study = read_study(folder)
+    return difference(study, study.variant(variant), study.variant(reference), at)
+
+
+def curve(seconds: float, seed: int) -> float:
+    """What a dense model reaches in the tests' world: a straight line over log(time), and something of each seed's own."""
+    return 1.0 - 0.1 * math.log2(seconds / 200) + {1: 0.0, 2: 0.2, 3: -0.1}[seed]
+
+
+def dense_of_lengths(steps: tuple[int, ...]) -> list[Made]:
+    """Dense runs of 0.5 s a step; 400 steps are the main ones."""
+    made = [Made("dense", {s: curve(200, s) for s in (1, 2, 3)})]
+    for n in steps:
+        bits = {s: curve(n * 0.5, s) for s in (1, 2, 3)}
+        made.append(Made(f"dense-{n}", bits, steps=n, longer=True, of="dense", step_seconds=None))
+    return made
