@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from model.bounds import out_of_bounds
+
 ROPE_SCALING_KEYS = (
     "rope_type",
     "factor",
@@ -102,18 +104,9 @@ class ModelConfig:
     def _check_bounds(self) -> None:
         """The loader of YAML files checks these too, with the file's name; this is for callers from Python."""
         for f in fields(self):
-            value, bounds = getattr(self, f.name), f.metadata
-            low, high = bounds.get("min"), bounds.get("max")
-            if value is None:
-                continue
-            if "choices" in bounds and value not in bounds["choices"]:
-                raise ValueError(f"{f.name}: {value!r} is none of {', '.join(bounds['choices'])}")
-            if low is not None and (value < low or (bounds.get("exclusive") and value == low)):
-                raise ValueError(
-                    f"{f.name}: {value!r} must be {'more than' if bounds.get('exclusive') else 'at least'} {low:g}"
-                )
-            if high is not None and value > high:
-                raise ValueError(f"{f.name}: {value!r} must be at most {high:,}")
+            value = getattr(self, f.name)
+            if value is not None and (wrong := out_of_bounds(value, f.metadata)):
+                raise ValueError(f"{f.name}: {value!r:.60} {wrong}")
 
     def _check_attention(self) -> None:
         if self.head_dim % 2:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from data.config import DataConfig, TokenizerConfig
 from data.words import short, short_name
+from model.bounds import out_of_bounds
 from model.config import ModelConfig
 from train import strict_yaml
 
@@ -355,18 +356,7 @@ _TYPE_NAMES = {
 def _check_bounds(value: object, bounds: typing.Mapping, where: str, key: str) -> None:
     if value is None or isinstance(value, (list, dict)):
         return
-    if "choices" in bounds and value not in bounds["choices"]:
-        raise ValueError(f"{where}: {key}: {short(value)} is none of {', '.join(bounds['choices'])}")
-    low, high = bounds.get("min"), bounds.get("max")
-    if low is not None and (value < low or (bounds.get("exclusive") and value <= low)):
-        raise ValueError(
-            f"{where}: {key}: {short(value)} must be {'more than' if bounds.get('exclusive') else 'at least'} {_plain(low)}"
-        )
-    if high is not None and value > high:
-        raise ValueError(f"{where}: {key}: {short(value)} must be at most {_plain(high)}")
+    if wrong := out_of_bounds(value, bounds):
+        raise ValueError(f"{where}: {key}: {short(value)} {wrong}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{where}: {key}: {short(value)} must be a whole number of at most 64 bits")
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
