@@ -21,8 +21,10 @@ from train.metrics import read_rows
 
 from ..train import conftest as tiny
 from ..train.conftest import ROOT, environment, run
+from . import strangers
 
 workplace = tiny.workplace  # the fixture, one for all of these tests
+innocent, place = strangers.innocent, strangers.place
 STARTED: list[subprocess.Popen] = []  # by the test that runs now
 
 UNEQUAL = ("train_seconds", "tokens_per_second", "mfu", "memory_gib")  # times and memory are a machine's, not a run's
