@@ -34,7 +34,7 @@ def name_of(path: Path) -> str:
 def test_there_are_configs():
     assert {"tinystories", "fineweb_edu", "minimind", "own"} <= {family.name for family in FAMILIES}
     assert {"wikitext", "mixture"} == {path.parent.name for path in ALONE}
-    assert {"experts", "balance", "shape", "recipe", "optimizer_sweep"} <= {path.stem for path in STUDIES}
+    assert {"experts", "balance", "shape", "top_k", "recipe", "optimizer_sweep"} <= {path.stem for path in STUDIES}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
