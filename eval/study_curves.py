@@ -45,13 +45,30 @@ class Band:
 
 
 def held_out_points(study: Study) -> Callable[[Stage], Points]:
-    """Bits per byte of the judged text at each evaluation while training."""
+    """Bits per byte of the judged text at each evaluation while training. That is a sample of the text (eval.max_tokens), harder or
+    easier than the whole: each run's points are moved by its own offset (sample_offsets), a run without one by the others' mean."""
+    offsets = sample_offsets(study)
+    usual = float(np.mean(list(offsets.values()))) if offsets else 0.0
 
     def points(stage: Stage) -> Points:
-        found = {row["step"]: judged(row.get("sources", {}), study.source) for row in stage.held_out if row["step"] > 0}
-        return {step: figures[0] for step, figures in found.items() if figures}
+        offset = offsets.get(id(stage), usual)
+        return {step: bits + offset for step, bits in _measured(study, stage).items()}
 
     return points
+
+
+def sample_offsets(study: Study) -> dict[int, float]:
+    """{id of the stage: bits per byte of all held-out text less that of the sample, after the last step} of the finished runs."""
+    found = {}
+    for cell in (cell for variant in study.variants for cell in variant.done if cell.stage):
+        if measured := _measured(study, cell.stage):
+            found[id(cell.stage)] = cell.bits - measured[max(measured)]
+    return found
+
+
+def _measured(study: Study, stage: Stage) -> Points:
+    found = {row["step"]: judged(row.get("sources", {}), study.source) for row in stage.held_out if row["step"] > 0}
+    return {step: figures[0] for step, figures in found.items() if figures}
 
 
 def routing_points(key: str, of_log_experts: bool = False) -> Callable[[Stage], Points]:
@@ -97,7 +114,7 @@ class Ends:
 
 def ends_by_time(study: Study, reference: Variant, points: Callable[[Stage], Points]) -> Ends | None:
     """Through the last points of the reference's runs of different lengths, as differences at equal wall clock are taken
-    (eval/study_numbers.py), but of what is measured while training, as the curves are. None with fewer than two lengths."""
+    (eval/study_numbers.py). None with fewer than two lengths."""
     lengths = [(variant, variant.seconds) for variant in study.lengths_of(reference) if variant.seconds]
     last = {
         variant.name: {cell.seed: run[max(run)] for cell in variant.done if cell.stage and (run := points(cell.stage))}

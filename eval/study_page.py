@@ -25,6 +25,7 @@ from eval.study_curves import (
     later_part,
     looks,
     routing_points,
+    sample_offsets,
 )
 from eval.study_numbers import COMPUTE, Difference, differences, final, leader
 from eval.study_numbers import TIME as AT_TIME
@@ -61,9 +62,8 @@ def render(study: Study) -> str:
         section("Figures", "", cards),
         section(
             "How they learned",
-            f"Bits per byte on held-out text while training (eval.max_tokens of it, so that the ends may differ a little from the tables), "
-            f"lower is better, mean of the seeds. {BAND} The start lies above the "
-            "pictures. A run that is not at its end has not yet lowered its learning rate: compare ends, not middles.",
+            f"Bits per byte on held-out text while training, lower is better, mean of the seeds.{_sample(study)} {BAND} The start lies "
+            "above the pictures. A run that is not at its end has not yet lowered its learning rate: compare ends, not middles.",
             [_curves(study)],
         ),
         section(
@@ -182,6 +182,18 @@ def _curves(study: Study) -> str:
     ]
     cards = [card for card in cards if card]
     return _key(found, study) + "".join(pair(*cards[i : i + 2]) for i in range(0, len(cards), 2)) if cards else ""
+
+
+def _sample(study: Study) -> str:
+    """How the curves' points come to end at the tables' figures, where they are not the same."""
+    offsets = sample_offsets(study).values()
+    if not offsets or max(map(abs, offsets)) < 0.00005:
+        return ""
+    low, high = (f"{each:+.3f}".replace("-", "−") for each in (min(offsets), max(offsets)))
+    return (
+        f" Training measures a part of it (eval.max_tokens), so each run's points are moved by {low if low == high else f'{low} to {high}'}, "
+        "what all of it differs by at the run's end: the curves end at the tables' figures."
+    )
 
 
 def _ends(study: Study) -> Ends | None:

@@ -20,7 +20,7 @@ from eval.study_records import read_study
 from eval.study_tables import at_equal_tokens, verdicts
 from model.balance import load_statistics
 
-from .study_folders import Made, cell_folder, change, curve, dense_of_lengths, example, make_study, of, written
+from .study_folders import Made, cell_folder, change, curve, dense_of_lengths, example, figures, make_study, of, written
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,6 +197,31 @@ def test_a_mean_curve_has_the_steps_that_all_its_runs_have(tmp_path):
     assert found.steps[0] == 220 and found.steps[-1] == 400
     assert found.mean[-1] == pytest.approx(1.2)
     assert (found.low[-1], found.high[-1]) == pytest.approx(band([1.0, 1.2, 1.4]))
+
+
+def test_curves_measured_on_a_sample_end_at_the_figures_of_the_whole_text(tmp_path):
+    """Training measures a part of the text, here one that is harder by 0.08 bits per byte, and by 0.06 in one run."""
+    folder = make_study(tmp_path, [Made("dense", {1: 1.0, 2: 1.2, 3: 1.4})])
+    assert "Training measures a part of it" not in render(read_study(folder))
+    harder = {1: 0.08, 2: 0.08, 3: 0.06}
+    first = {}
+    for seed, more in harder.items():
+        path = cell_folder(folder, "dense", seed) / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in (row for row in rows if row["kind"] == "held_out"):
+            first.setdefault(seed, row["sources"]["python"]["bits_per_byte"])
+            row["sources"] = figures(row["sources"]["python"]["bits_per_byte"] + more)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (
+        cell_folder(folder, "dense", 1) / "evaluation.json"
+    ).unlink()  # a run that is not done: no figure of the whole text
+    study = read_study(folder)
+    points = held_out_points(study)
+    ours = {cell.seed: points(cell.stage) for cell in study.variant("dense").cells}
+    assert ours[2][400] == pytest.approx(1.2) and ours[3][400] == pytest.approx(1.4)
+    assert ours[2][20] == pytest.approx(first[2]), "all of a run's points are moved alike"
+    assert ours[1][400] == pytest.approx(1.0 + 0.08 - (0.08 + 0.06) / 2)
+    assert "moved by −0.080 to −0.060" in render(study)
 
 
 def test_a_band_is_drawn_where_its_numbers_are_and_breaks_at_gaps():
