@@ -86,9 +86,10 @@ def at_equal_tokens(study: Study) -> Table:
 
 
 def at_equal_time(study: Study, reference: Variant) -> Table:
-    """Against what the reference reaches in the same time, by the interleaved clock; without rows where nothing was timed."""
+    """Against what the reference reaches in the same time, by the interleaved clock; without rows where nothing was timed, or
+    where a further reference has no figure for anybody's time: one length of training seldom covers another's."""
     first = study.references[0].name
-    rows = []
+    rows, covered = [], reference.name == first
     for variant in study.variants if any(v.seconds for v in study.variants) else ():
         found = difference(study, variant, reference, TIME)
         own = [seconds for cell in variant.done if (seconds := cell.seconds)]
@@ -98,12 +99,13 @@ def at_equal_time(study: Study, reference: Variant) -> Table:
             cells += [_number(_mean(final(variant)), 4), DASH, "the reference"]
         else:
             cells += [_number(found.reference_bits, 4), signed(found.bits), found.word]
+            covered |= found.bits is not None
         rows.append([variant.name, *cells])
     head = ["variant", "step, ms", f"× {first}", "training by the clock", "by the runs' own count"]
     return Table(
         f"At equal wall clock, against {reference.name}",
         [*head, f"{reference.name} in that time, bits per byte", "difference", "verdict"],
-        rows,
+        rows if covered else [],
         _clock_note(study)
         + " The reference's value at a variant's time lies between the final values of its runs of different "
         "lengths, each with its whole schedule, on a line over the logarithm of the time (which flatters the others: half-way between "
@@ -176,13 +178,15 @@ def balance(study: Study) -> Table:
 
 
 def verdicts(study: Study) -> list[str]:
-    """A sentence for every comparison that there is, in the order of the variants."""
-    found = []
+    """A sentence for every comparison that there is, in the order of the variants; of two references, from one side alone."""
+    found, said = [], set()
     for reference in study.references:
         for at in (TOKENS, TIME, COMPUTE):
             for each in differences(study, at):
-                if each.reference == reference.name and each.bits is not None:
-                    found.append(sentence(each))
+                if each.reference != reference.name or each.bits is None or (each.reference, each.variant, at) in said:
+                    continue
+                said.add((each.variant, each.reference, at))
+                found.append(sentence(each))
     return found
 
 

@@ -17,7 +17,7 @@ from eval.study_curves import band_of, ends_by_time, held_out_points
 from eval.study_numbers import COMPUTE, TIME, TOKENS, Difference, leader, use_of
 from eval.study_page import dot_plot, render
 from eval.study_records import read_study
-from eval.study_tables import at_equal_tokens, verdicts
+from eval.study_tables import at_equal_tokens, tables, verdicts
 from model.balance import load_statistics
 
 from .study_folders import Made, cell_folder, change, curve, dense_of_lengths, example, figures, make_study, of, written
@@ -165,6 +165,28 @@ def test_the_dotted_line_goes_through_the_ends_of_the_references_curves(tmp_path
         at = next(i for i, s in enumerate(ends.seconds) if s == pytest.approx(seconds))
         assert ends.mean[at] == pytest.approx(np.mean([curve(seconds, s) for s in (1, 2, 3)]))
     assert ends.seconds[0] == pytest.approx(200) and ends.seconds[-1] == pytest.approx(800)
+
+
+def test_of_two_references_nothing_is_said_twice(tmp_path):
+    """A second reference of one length has no table of empty times, and its difference to the first is said once."""
+    moe = {
+        name: Made(name, {s: curve(300, s) + at for s in (1, 2, 3)}, experts=8, step_seconds=0.75)
+        for name, at in (("a", -0.05), ("b", 0.03))
+    }
+    folder = make_study(tmp_path, [*dense_of_lengths((800,)), *moe.values()], compare_with=("dense", "a"))
+    study = read_study(folder)
+    titles = [table.title for table in tables(study)]
+    assert "At equal wall clock, against dense" in titles and "At equal tokens, on held-out python" in titles
+    assert "At equal wall clock, against a" in titles, "b takes just the time of a"
+    said = [
+        (s.split(" at equal ")[0], s.split(" at equal ")[1].split(" ")[0], s.split(" than ")[1].split(":")[0])
+        for s in verdicts(study)
+    ]
+    assert said.count(("a", "tokens", "dense")) == 1 and ("dense", "tokens", "a") not in said
+    assert said.count(("b", "tokens", "a")) == 1 and len(said) == len(set(said))
+    change(folder / "study.json", lambda tree: tree["clock"]["seconds"].update(b=[[0.9] * 15]))
+    titles = [table.title for table in tables(read_study(folder))]
+    assert "At equal wall clock, against a" not in titles and "At equal wall clock, against dense" in titles
 
 
 # The experts, and the bands.
