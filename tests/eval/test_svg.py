@@ -120,6 +120,7 @@ def test_it_says_over_how_many_runs_and_which_are_unfinished(tmp_path):
         "mean of 2 to 3 seeds; band: 95 % interval, or both of two seeds" in text
         for text in texts(drawn(folder, "tokens"))
     )
+    assert set(ends(drawn(folder, "tokens"))) == {"dense", "moe (2 of 3 seeds)"}
     for path in (folder.parent / "cells").glob("moe-*/evaluation.json"):
         path.unlink()
     tree = drawn(folder, "tokens")
