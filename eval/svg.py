@@ -221,7 +221,9 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
 def _name(each: Band) -> str:
     """What stands at a line's end: the name, and of how many seeds it is where some are missing."""
     done, cells = len(each.variant.done), len(each.variant.cells)
-    return _short(each.variant.name) + (" (so far)" if not done else f" ({done} of {cells} seeds)" if done < cells else "")
+    return _short(each.variant.name) + (
+        " (so far)" if not done else f" ({done} of {cells} seeds)" if done < cells else ""
+    )
 
 
 def _short(name: str) -> str:
