@@ -10,9 +10,9 @@ import numpy as np
 
 from eval.charts import DASHES, PALETTE
 from eval.curves import FLOPS, TIME, TOKENS, Axis
-from eval.history import Stage, finite
+from eval.history import finite
 from eval.intervals import band
-from eval.study_records import Study, Variant, judged
+from eval.study_records import Cell, Study, Variant, judged
 
 BAND = (
     "The band is the 95 % interval of the mean over the seeds (of two seeds: from one to the other; of one: none); differences are "
@@ -44,39 +44,40 @@ class Band:
         return [step * each for step in self.steps]
 
 
-def held_out_points(study: Study) -> Callable[[Stage], Points]:
+def held_out_points(study: Study) -> Callable[[Cell], Points]:
     """Bits per byte of the judged text at each evaluation while training. That is a sample of the text (eval.max_tokens), harder or
     easier than the whole: each run's points are moved by its own offset (sample_offsets), a run without one by the others' mean."""
     offsets = sample_offsets(study)
     usual = float(np.mean(list(offsets.values()))) if offsets else 0.0
 
-    def points(stage: Stage) -> Points:
-        offset = offsets.get(id(stage), usual)
-        return {step: bits + offset for step, bits in _measured(study, stage).items()}
+    def points(cell: Cell) -> Points:
+        offset = offsets.get(cell.link, usual)
+        return {step: bits + offset for step, bits in _measured(study, cell).items()}
 
     return points
 
 
-def sample_offsets(study: Study) -> dict[int, float]:
-    """{id of the stage: bits per byte of all held-out text less that of the sample, after the last step} of the finished runs."""
+def sample_offsets(study: Study) -> dict[str, float]:
+    """{run folder: bits per byte of all held-out text less that of the sample, after the last step} of the finished runs."""
     found = {}
-    for cell in (cell for variant in study.variants for cell in variant.done if cell.stage):
-        if measured := _measured(study, cell.stage):
-            found[id(cell.stage)] = cell.bits - measured[max(measured)]
+    for cell in (cell for variant in study.variants for cell in variant.done):
+        if measured := _measured(study, cell):
+            found[cell.link] = cell.bits - measured[max(measured)]
     return found
 
 
-def _measured(study: Study, stage: Stage) -> Points:
-    found = {row["step"]: judged(row.get("sources", {}), study.source) for row in stage.held_out if row["step"] > 0}
+def _measured(study: Study, cell: Cell) -> Points:
+    rows = cell.stage.held_out if cell.stage else []
+    found = {row["step"]: judged(row.get("sources", {}), study.source) for row in rows if row["step"] > 0}
     return {step: figures[0] for step, figures in found.items() if figures}
 
 
-def routing_points(key: str, of_log_experts: bool = False) -> Callable[[Stage], Points]:
+def routing_points(key: str, of_log_experts: bool = False) -> Callable[[Cell], Points]:
     """A routing figure of training's rows, mean of the layers; as a fraction of log E if asked for."""
 
-    def points(stage: Stage) -> Points:
+    def points(cell: Cell) -> Points:
         found = {}
-        for row in stage.train:
+        for row in cell.stage.train if cell.stage else ():
             routing = row.get("routing") or {}
             good = [value for value in finite(routing.get(key) or []) if math.isfinite(value)]
             if good:
@@ -87,10 +88,9 @@ def routing_points(key: str, of_log_experts: bool = False) -> Callable[[Stage], 
     return points
 
 
-def band_of(variant: Variant, points: Callable[[Stage], Points]) -> Band | None:
+def band_of(variant: Variant, points: Callable[[Cell], Points]) -> Band | None:
     """The mean over the finished runs, or over all where none is, at the steps that all of them have; None without any."""
-    stages = [cell.stage for cell in variant.done or variant.cells if cell.stage]
-    found = [run for stage in stages if (run := points(stage))]
+    found = [run for cell in variant.done or variant.cells if (run := points(cell))]
     if not found:
         return None
     steps = sorted(set.intersection(*(set(run) for run in found)))
@@ -112,12 +112,12 @@ class Ends:
     high: list[float]
 
 
-def ends_by_time(study: Study, reference: Variant, points: Callable[[Stage], Points]) -> Ends | None:
+def ends_by_time(study: Study, reference: Variant, points: Callable[[Cell], Points]) -> Ends | None:
     """Through the last points of the reference's runs of different lengths, as differences at equal wall clock are taken
     (eval/study_numbers.py). None with fewer than two lengths."""
     lengths = [(variant, variant.seconds) for variant in study.lengths_of(reference) if variant.seconds]
     last = {
-        variant.name: {cell.seed: run[max(run)] for cell in variant.done if cell.stage and (run := points(cell.stage))}
+        variant.name: {cell.seed: run[max(run)] for cell in variant.done if (run := points(cell))}
         for variant, _ in lengths
     }
     lengths = sorted(((variant, at) for variant, at in lengths if last[variant.name]), key=lambda pair: pair[1])
@@ -133,7 +133,7 @@ def ends_by_time(study: Study, reference: Variant, points: Callable[[Stage], Poi
     return Ends(seconds, means, [b[0] for b in bands], [b[1] for b in bands])
 
 
-def bands_of(variants: Sequence[Variant], points: Callable[[Stage], Points]) -> list[Band]:
+def bands_of(variants: Sequence[Variant], points: Callable[[Cell], Points]) -> list[Band]:
     """Those variants' bands that exist, in order."""
     return [found for variant in variants if (found := band_of(variant, points))]
 

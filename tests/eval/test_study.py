@@ -239,7 +239,7 @@ def test_curves_measured_on_a_sample_end_at_the_figures_of_the_whole_text(tmp_pa
     ).unlink()  # a run that is not done: no figure of the whole text
     study = read_study(folder)
     points = held_out_points(study)
-    ours = {cell.seed: points(cell.stage) for cell in study.variant("dense").cells}
+    ours = {cell.seed: points(cell) for cell in study.variant("dense").cells}
     assert ours[2][400] == pytest.approx(1.2) and ours[3][400] == pytest.approx(1.4)
     assert ours[2][20] == pytest.approx(first[2]), "all of a run's points are moved alike"
     assert ours[1][400] == pytest.approx(1.0 + 0.08 - (0.08 + 0.06) / 2)
